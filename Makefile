@@ -1,0 +1,38 @@
+.PHONY: setup demo test lint format protos lock bench clean
+SHELL := bash
+PROMPT ?= What is the capital of France?
+
+setup:  ## .venv with everything
+	@scripts/setup.sh
+
+demo: setup  ## a real model answers PROMPT through router, tokenizer service and worker
+	@UV=$$(scripts/uv.sh) PROMPT="$${PROMPT:-$(PROMPT)}" scripts/demo.sh
+
+test: setup  ## all tests
+	@.venv/bin/pytest $(ARGS)
+
+lint: setup  ## formatting, types, folder rules, contracts, stubs, floors
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@.venv/bin/buf lint protos
+	@.venv/bin/buf breaking protos --against protos/released.binpb
+	@scripts/check-stubs.sh
+	@scripts/check-floors.sh
+
+format: setup
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+protos:  ## stubs under qwire/v1
+	@scripts/protos.sh .
+
+lock:  ## requirements.lock anew
+	@scripts/lock.sh
+
+bench: setup  ## the engine on the demo model, against transformers
+	@.venv/bin/python -m benchmarks.engine
+
+clean:
+	rm -rf .venv .venv-protos .venv-floors .uv

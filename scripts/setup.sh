@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Makes .venv: Python 3.11, torch for CPUs, everything in requirements.lock, and this package in place.
+# Finished work is not done again: a stamp holds the digest of all that went in.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stamp=$(cat requirements.lock pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+if [ -x .venv/bin/qwire ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then exit; fi
+uv=$(scripts/uv.sh)
+[ -x .venv/bin/python ] || "$uv" venv --quiet --python 3.11 .venv
+# torch is not in the lock: the package index holds only its CUDA builds, gigabytes of them. Where pip is told of a
+# folder of wheels, the CPU build is taken from there, elsewhere from PyTorch's own index of CPU builds.
+links=$(python3 -m pip config get global.find-links 2>/dev/null || true)
+if [ -n "$links" ] && [ -d "$links" ]; then
+  "$uv" pip install --quiet --python .venv/bin/python --find-links "$links" torch==2.13.0
+else
+  "$uv" pip install --quiet --python .venv/bin/python --torch-backend=cpu torch==2.13.0
+fi
+"$uv" pip install --quiet --python .venv/bin/python --requirement requirements.lock
+"$uv" pip install --quiet --python .venv/bin/python --no-deps --editable .
+echo "$stamp" > .venv/stamp
