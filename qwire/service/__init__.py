@@ -1,0 +1,1 @@
+"""What all services share: configuration, the gRPC server, interceptors, health and the status catalogue."""
