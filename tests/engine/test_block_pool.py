@@ -1,0 +1,123 @@
+"""The block pool's invariant under any sequence of operations."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from worker.engine.block_pool import BlockPool, OutOfBlocks
+
+
+def block_hash(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Sequences come, share prefixes, grow, publish and go, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(12, 4)
+        self.tables: list[list[int]] = []
+        self.contents: dict[int, bytes] = {}  # what a published block holds, by our own book-keeping
+
+    @rule(count=st.integers(0, 14))
+    def allocate(self, count: int) -> None:
+        available = self.pool.num_available
+        if count > available:
+            with pytest.raises(OutOfBlocks):
+                self.pool.allocate(count)
+            assert self.pool.num_available == available
+            return
+        table = self.pool.allocate(count)
+        assert len(set(table)) == count
+        assert not {block for other in self.tables for block in other} & set(table)
+        for block in table:
+            self.contents.pop(block, None)
+        self.tables.append(table)
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), number=st.integers(0, 8))
+    def publish(self, data: st.DataObject, number: int) -> None:
+        table = data.draw(st.sampled_from([table for table in self.tables if table]))
+        block = data.draw(st.sampled_from(table))
+        known = self.pool.lookup([block_hash(number)])
+        self.pool.publish(block, block_hash(number))
+        if not known and block not in self.contents:
+            self.contents[block] = block_hash(number)
+
+    @rule(numbers=st.lists(st.integers(0, 8), max_size=4))
+    def hit(self, numbers: list[int]) -> None:
+        blocks = self.pool.lookup([block_hash(number) for number in numbers])
+        for number, block in zip(numbers, blocks, strict=False):
+            assert self.contents[block] == block_hash(number)
+        before, evictable = self.pool.num_available, self.pool.num_evictable(list(dict.fromkeys(blocks)))
+        self.pool.acquire(blocks)
+        assert self.pool.num_available == before - evictable
+        self.tables.append(blocks)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.tables) - 1))
+        self.pool.release(self.tables.pop(index))
+
+    @invariant()
+    def holds(self) -> None:
+        self.pool.check()
+        used = {block for table in self.tables for block in table}
+        assert self.pool.num_used == len(used)
+        assert self.pool.num_free + self.pool.num_cached + self.pool.num_used == self.pool.num_blocks
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+def test_unhashed_blocks_are_reused_before_cached_ones_and_tails_before_heads() -> None:
+    pool = BlockPool(6, 4)
+    chain = pool.allocate(3)
+    for number, block in enumerate(chain):
+        pool.publish(block, block_hash(number))
+    loose = pool.allocate(2)
+    pool.release(chain)
+    pool.release(loose)
+    assert set(pool.allocate(3)).isdisjoint(chain)
+    assert pool.allocate(1) == [chain[2]]
+    assert pool.lookup([block_hash(0), block_hash(1), block_hash(2)]) == chain[:2]
+
+
+def test_a_hit_keeps_a_block_from_eviction() -> None:
+    pool = BlockPool(2, 4)
+    first, second = pool.allocate(2)
+    pool.publish(first, block_hash(1))
+    pool.publish(second, block_hash(2))
+    pool.release([first])
+    pool.release([second])
+    pool.acquire(pool.lookup([block_hash(1)]))
+    assert pool.allocate(1) == [second]
+    with pytest.raises(OutOfBlocks):
+        pool.allocate(1)
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda pool: pool.release([0]),
+        lambda pool: pool.acquire([0]),
+        lambda pool: pool.publish(0, block_hash(1)),
+    ],
+)
+def test_misuse_is_an_error(misuse: object) -> None:
+    with pytest.raises(ValueError, match="block 0"):
+        misuse(BlockPool(2, 4))  # type: ignore[operator]
+
+
+def test_check_notices_a_broken_pool() -> None:
+    pool = BlockPool(4, 4)
+    (block,) = pool.allocate(1)
+    pool._free.append(block)
+    with pytest.raises(RuntimeError, match="2 states"):
+        pool.check()

@@ -1,0 +1,323 @@
+"""The step loop on a runner that notices every wrong block: batching, chunks, caching, preemption, aborts, faults."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwire import prefix
+from tests.helpers.fake_runner import FakeRunner, continuation
+from worker.engine.engine import Engine, NeverFits, QueueFull, StepReport
+from worker.engine.plan import StepPlan
+from worker.engine.scheduler import SchedulerLimits
+from worker.engine.sequence import EndReason, Request
+
+ROOT = prefix.root(b"model", "float32", 4, "", b"")
+
+
+class Harness:
+    """An engine that is stepped by hand."""
+
+    def __init__(
+        self, *, num_blocks: int = 64, block_size: int = 4, max_step_tokens: int = 32, max_running: int = 8
+    ) -> None:
+        self.runner = FakeRunner(num_blocks, block_size)
+        self.now = 0.0
+        self.ids: dict[Hashable, list[int]] = {}
+        self.ends: dict[Hashable, EndReason] = {}
+        self.cached: dict[Hashable, int] = {}
+        self.expired: list[Hashable] = []
+        self.engine = Engine(
+            self.runner,
+            SchedulerLimits(max_step_tokens, max_running),
+            max_waiting=100,
+            clock=lambda: self.now,
+            deliver=self.take,
+            fault=lambda keys: None,
+        )
+
+    def submit(self, key: str, prompt: list[int], count: int, **more: object) -> None:
+        self.engine.submit(Request(key, prompt, max_tokens=count, prefix_root=ROOT, **more))  # type: ignore[arg-type]
+
+    def take(self, report: StepReport) -> None:
+        for sequence in report.sequences:
+            ids = self.ids.setdefault(sequence.key, [])
+            assert sequence.token_index == len(ids)
+            ids += sequence.token_ids
+            if sequence.start is not None:
+                self.cached[sequence.key] = sequence.start.cached_tokens
+            if sequence.end is not None:
+                self.ends[sequence.key] = sequence.end
+        self.expired += report.expired
+
+    def step(self) -> bool:
+        report = self.engine.step()
+        if report is not None:
+            self.take(report)
+        self.engine.pool.check()
+        return report is not None
+
+    def run(self) -> None:
+        for _ in range(10_000):
+            if not self.step():
+                return
+        raise AssertionError("the engine does not come to an end")
+
+
+def test_one_request() -> None:
+    harness = Harness()
+    harness.submit("a", [1, 2, 3], 10)
+    harness.run()
+    assert harness.ids["a"] == continuation([1, 2, 3], 10)
+    assert harness.ends["a"] is EndReason.LENGTH
+    assert harness.engine.pool.num_used == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=1, max_size=12),
+    count=st.integers(1, 12),
+    num_blocks=st.integers(13, 40),
+    max_step_tokens=st.integers(1, 64),
+    max_running=st.integers(1, 8),
+    gaps=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    use_cache=st.booleans(),
+)
+def test_any_life_gives_the_tokens_of_running_alone(
+    prompts: list[list[int]],
+    count: int,
+    num_blocks: int,
+    max_step_tokens: int,
+    max_running: int,
+    gaps: list[int],
+    use_cache: bool,
+) -> None:
+    harness = Harness(num_blocks=num_blocks, max_step_tokens=max_step_tokens, max_running=max_running)
+    for number, prompt in enumerate(prompts):
+        harness.submit(str(number), prompt, count, use_prefix_cache=use_cache)
+        for _ in range(gaps[number]):
+            harness.step()
+    harness.run()
+    assert harness.ids == {str(number): continuation(prompt, count) for number, prompt in enumerate(prompts)}
+    assert harness.engine.pool.num_used == 0
+
+
+def test_out_of_blocks_the_newest_is_preempted_and_nothing_changes() -> None:
+    harness = Harness(num_blocks=10, max_step_tokens=100)
+    prompts = [[number] * 9 for number in range(4)]
+    for number, prompt in enumerate(prompts):
+        harness.submit(str(number), prompt, 20)
+    harness.run()
+    assert harness.engine.scheduler.preemptions > 0
+    assert harness.ids == {str(number): continuation(prompt, 20) for number, prompt in enumerate(prompts)}
+
+
+def test_a_step_stays_within_its_budget_and_decodes_come_first() -> None:
+    harness = Harness(max_step_tokens=8)
+    harness.submit("short", [1, 2], 30)
+    harness.step()
+    harness.submit("long", list(range(40)), 2)
+    before = len(harness.ids["short"])
+    for _ in range(5):
+        harness.step()
+    assert len(harness.ids["short"]) == before + 5, "a long prompt must not hold up a sequence that decodes"
+    assert all(plan.num_tokens <= 8 for plan in harness.runner.steps)
+    harness.run()
+    assert harness.ids["long"] == continuation(list(range(40)), 2)
+
+
+def test_a_long_prompt_admitted_first_does_not_starve_the_one_behind_it() -> None:
+    harness = Harness(max_step_tokens=8)
+    harness.submit("long", list(range(100)), 1)
+    harness.step()
+    harness.submit("other", [7], 5)
+    harness.run()
+    finished = list(harness.ends)
+    assert finished == ["long", "other"] or finished == ["other", "long"]
+    harness = Harness(max_step_tokens=8)
+    harness.submit("decoding", [7], 50)
+    harness.step()
+    harness.submit("long", list(range(100)), 1)
+    steps = 0
+    while "decoding" not in harness.ends:
+        harness.step()
+        steps += 1
+    assert steps <= 49
+
+
+def test_cached_prefix_is_not_computed_again() -> None:
+    harness = Harness()
+    shared = list(range(20))
+    harness.submit("warm", [*shared, 1], 2)
+    harness.run()
+    computed = harness.runner.tokens_computed
+    harness.submit("hit", [*shared, 2], 1)
+    harness.run()
+    assert harness.cached["hit"] == 20
+    assert harness.runner.tokens_computed == computed + 1
+    assert harness.ids["hit"] == continuation([*shared, 2], 1)
+
+
+def test_generated_blocks_are_hit_by_the_next_turn() -> None:
+    harness = Harness()
+    harness.submit("turn 1", [1, 2, 3, 4, 5], 12)
+    harness.run()
+    history = [1, 2, 3, 4, 5, *harness.ids["turn 1"]]
+    harness.submit("turn 2", [*history, 9, 9], 1)
+    harness.run()
+    assert harness.cached["turn 2"] == 16  # the full blocks of all that was computed: 5 + 11 tokens
+
+
+def test_a_whole_prompt_in_the_cache_still_computes_its_last_token() -> None:
+    harness = Harness()
+    for key in ("first", "second"):
+        harness.submit(key, list(range(8)), 3)
+        harness.run()
+    assert harness.cached["second"] == 4
+    assert harness.ids["first"] == harness.ids["second"]
+
+
+def test_one_computes_a_shared_prefix_and_the_others_wait_for_it() -> None:
+    harness = Harness(num_blocks=200, max_step_tokens=512, max_running=16)
+    shared = list(range(100))
+    for number in range(16):
+        harness.submit(str(number), [*shared, number], 2)
+    harness.run()
+    assert harness.runner.tokens_computed <= 100 + 16 * 3
+    assert harness.ids == {str(number): continuation([*shared, number], 2) for number in range(16)}
+
+
+def test_bypass_neither_reads_nor_leaves_anything() -> None:
+    harness = Harness()
+    harness.submit("bypass", list(range(20)), 1, use_prefix_cache=False)
+    harness.run()
+    assert harness.engine.pool.num_cached == 0
+    harness.submit("plain", list(range(20)), 1)
+    harness.run()
+    harness.submit("bypass again", list(range(20)), 1, use_prefix_cache=False)
+    harness.run()
+    assert harness.cached == {"bypass": 0, "plain": 0, "bypass again": 0}
+
+
+def test_roots_keep_prefixes_apart() -> None:
+    harness = Harness()
+    harness.submit("one", list(range(20)), 1)
+    harness.run()
+    other = prefix.root(b"model", "float32", 4, "", b"another scope")
+    harness.engine.submit(Request("two", list(range(20)), max_tokens=1, prefix_root=other))
+    harness.run()
+    assert harness.cached == {"one": 0, "two": 0}
+
+
+def test_stop_tokens_and_eos() -> None:
+    harness = Harness()
+    expected = continuation([5], 8)
+    harness.submit("eos", [5], 20, eos_ids=frozenset({expected[3]}))
+    harness.submit("stop", [5], 20, stop_ids=frozenset({expected[2]}))
+    harness.run()
+    assert (harness.ids["eos"], harness.ends["eos"]) == (expected[:4], EndReason.EOS)
+    assert (harness.ids["stop"], harness.ends["stop"]) == (expected[:3], EndReason.STOP_TOKEN)
+
+
+def test_earlier_ids_count() -> None:
+    runner = FakeRunner(16, 4)
+    reports: list[StepReport] = []
+    engine = Engine(
+        runner, SchedulerLimits(), max_waiting=1, clock=lambda: 0.0, deliver=reports.append, fault=lambda keys: None
+    )
+    expected = continuation([5], 8)
+    engine.submit(Request("moved", [5], generated_ids=expected[:6], max_tokens=8, prefix_root=ROOT))
+    while (report := engine.step()) is not None:
+        reports.append(report)
+    assert [sequence.token_index for report in reports for sequence in report.sequences] == [6, 7]
+    assert [token for report in reports for sequence in report.sequences for token in sequence.token_ids] == expected[6:]
+
+
+def test_abort_frees_blocks_within_a_step() -> None:
+    harness = Harness(max_step_tokens=8)
+    harness.submit("running", [1, 2, 3], 50)
+    harness.submit("prefilling", list(range(60)), 5)
+    harness.submit("waiting", [1], 5)
+    harness.step()
+    harness.engine.abort(["running", "prefilling", "waiting", "never seen"])
+    assert harness.step()
+    assert harness.engine.pool.num_used == 0
+    assert harness.engine.load.blocks_in_use == 0
+    assert not harness.step()
+
+
+def test_deadlines() -> None:
+    harness = Harness(max_running=1)
+    harness.submit("decoding", [1], 50, deadline=5.0)
+    harness.submit("queued", [2], 1, deadline=6.0)
+    harness.step()
+    harness.now = 5.0
+    harness.step()
+    assert harness.expired == ["decoding"]
+    harness.submit("late", [3], 1, deadline=4.0)
+    computed = harness.runner.tokens_computed
+    harness.now = 7.0
+    harness.run()
+    assert set(harness.expired) == {"decoding", "late"}
+    assert harness.ids["queued"] == continuation([2], 1)
+    assert harness.runner.tokens_computed <= computed + 1
+
+
+def test_limits() -> None:
+    harness = Harness(num_blocks=4)
+    with pytest.raises(NeverFits):
+        harness.submit("too large", [1] * 10, 7)
+    for number in range(100):
+        harness.submit(str(number), [number], 1)
+    with pytest.raises(QueueFull):
+        harness.submit("one more", [1], 1)
+    harness.run()
+    assert len(harness.ends) == 100
+
+
+def test_the_loop_in_its_thread() -> None:
+    runner = FakeRunner(64, 4)
+    done = threading.Event()
+    ids: list[int] = []
+
+    def deliver(report: StepReport) -> None:
+        for sequence in report.sequences:
+            ids.extend(sequence.token_ids)
+            if sequence.end is not None:
+                done.set()
+
+    engine = Engine(
+        runner, SchedulerLimits(), max_waiting=4, clock=lambda: 0.0, deliver=deliver, fault=lambda keys: None
+    )
+    engine.start()
+    engine.submit(Request("a", [1, 2], max_tokens=20, prefix_root=ROOT))
+    assert done.wait(10)
+    engine.stop()
+    assert ids == continuation([1, 2], 20)
+
+
+def test_a_step_that_raises_names_its_requests() -> None:
+    class Broken(FakeRunner):
+        def execute(self, plan: StepPlan) -> list[int | None]:
+            raise RuntimeError("boom")
+
+    faults: list[list[Hashable]] = []
+    told = threading.Event()
+
+    def fault(keys: list[Hashable]) -> None:
+        faults.append(keys)
+        told.set()
+
+    engine = Engine(
+        Broken(64, 4), SchedulerLimits(), max_waiting=4, clock=lambda: 0.0, deliver=lambda report: None, fault=fault
+    )
+    engine.submit(Request("a", [1], max_tokens=2, prefix_root=ROOT))
+    engine.submit(Request("b", [1], max_tokens=2, prefix_root=ROOT))
+    engine.start()
+    assert told.wait(10)
+    engine.stop()
+    assert faults == [["a", "b"]]

@@ -1,0 +1,146 @@
+"""The block pool: which KV blocks are free, used, or kept because their content may be wanted again.
+
+Invariant: every block is in exactly one of three states.
+
+- used: at least one sequence refers to it (`refs > 0`);
+- cached: no sequence does, but its hash is known, so a new sequence with the same prefix can take it over as it is;
+- free: neither.
+
+A block is hashed once all of its positions are computed, and never written again while it has a hash: only hashed
+blocks are ever shared, so no writable block is. All operations are O(1) a block.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class OutOfBlocks(Exception):
+    """There are not as many free and cached blocks as were asked for."""
+
+
+class BlockPool:
+    """Hands out blocks 0 to `num_blocks` - 1 of `block_size` positions each."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs blocks and positions: {num_blocks} blocks of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._refs = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
+        # A stack: the block freed last is reused first, its memory is the likeliest to be in the CPU's caches.
+        self._free = list(reversed(range(num_blocks)))
+        # Least recently released first: the order of eviction.
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """How many blocks `allocate` can hand out now."""
+        return len(self._free) + len(self._cached)
+
+    def lookup(self, hashes: Iterable[bytes]) -> list[int]:
+        """Blocks that hold the longest known prefix of a chain of block hashes. Takes no reference."""
+        blocks = []
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_evictable(self, blocks: Sequence[int]) -> int:
+        """How many of `blocks` `num_available` counts: taking them makes it smaller by that."""
+        return sum(1 for block in blocks if self._refs[block] == 0)
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Adds a reference to each of some hashed blocks."""
+        for block in blocks:
+            if self._hashes[block] is None:
+                raise ValueError(f"block {block} is not hashed and can't be shared")
+            if self._refs[block] == 0:
+                del self._cached[block]
+            self._refs[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks with one reference each and no hash, all or none. Raises OutOfBlocks."""
+        if count > self.num_available:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
+        return [self._take() for _ in range(count)]
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Says that a used block is fully computed and holds the content of `block_hash`.
+
+        Where another block is known under the hash already, this one stays private: block tables are never rewritten.
+        """
+        if self._refs[block] == 0:
+            raise ValueError(f"block {block} is not used")
+        if block_hash in self._by_hash or self._hashes[block] is not None:
+            return
+        self._hashes[block] = block_hash
+        self._by_hash[block_hash] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drops one reference of each block of one sequence, given in the order of its block table.
+
+        Blocks without a hash are reused first. Of the hashed ones the tail of the chain goes first: a prefix is of use
+        without its tail, a tail without its prefix is not.
+        """
+        for block in reversed(blocks):
+            if self._refs[block] == 0:
+                raise ValueError(f"block {block} is released more often than taken")
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._hashes[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def check(self) -> None:
+        """Verifies the invariant over the whole pool; raises RuntimeError where it is broken. O(num_blocks)."""
+        free, cached = set(self._free), set(self._cached)
+        problems = []
+        if len(free) != len(self._free):
+            problems.append("a block is free twice")
+        for block, (refs, block_hash) in enumerate(zip(self._refs, self._hashes, strict=True)):
+            states = (block in free) + (block in cached) + (refs > 0)
+            if refs < 0 or states != 1:
+                problems.append(f"block {block} is in {states} states with {refs} references")
+            if block in free and block_hash is not None:
+                problems.append(f"block {block} is free and hashed")
+            if block in cached and block_hash is None:
+                problems.append(f"block {block} is cached without a hash")
+            if refs > 1 and block_hash is None:
+                problems.append(f"block {block} is shared and writable")
+            if block_hash is not None and self._by_hash.get(block_hash) != block:
+                problems.append(f"block {block} is not found under its hash")
+        if len(self._by_hash) != sum(1 for block_hash in self._hashes if block_hash is not None):
+            problems.append("the index holds hashes of no block")
+        if problems:
+            raise RuntimeError("block pool: " + "; ".join(problems))
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            block_hash = self._hashes[block]
+            if block_hash is not None:
+                del self._by_hash[block_hash]
+                self._hashes[block] = None
+        self._refs[block] = 1
+        return block

@@ -1,0 +1,242 @@
+"""The step loop: schedule, execute, apply, report.
+
+The engine runs in one thread of its own. Others hand it work through `submit` and `abort`, which only append to an
+inbox; it hands back one `StepReport` a step through the `deliver` callback and never waits for whoever reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+
+from worker.engine.block_pool import BlockPool
+from worker.engine.plan import Clock, ModelRunner
+from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits, expired
+from worker.engine.sequence import EndReason, Request, SequenceState
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS_BEFORE_CHECK = 1.0
+"""The pool's invariant is verified once the engine has had nothing to do for this long."""
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class NeverFits(Exception):
+    """The request needs more KV blocks than there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a sequence began; reported with its first ids."""
+
+    cached_tokens: int
+    queue_seconds: float
+    prefill_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceReport:
+    """What one step brought to one sequence."""
+
+    key: Hashable
+    token_index: int
+    """Index of the first of `token_ids` among the generated ids."""
+    token_ids: list[int]
+    start: Start | None
+    end: EndReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    running: int
+    waiting: int
+    waiting_prefill_tokens: int
+    blocks_in_use: int
+    blocks_cached: int
+    blocks_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step brought. Steps that only removed sequences are reported too, for the load they leave."""
+
+    number: int
+    sequences: list[SequenceReport]
+    expired: list[Hashable]
+    load: LoadReport
+
+
+@dataclass(slots=True)
+class _Inbox:
+    submits: deque[SequenceState] = field(default_factory=deque)
+    aborts: deque[Hashable] = field(default_factory=deque)
+    stopping: bool = False
+
+
+class Engine:
+    """Runs requests on a model runner.
+
+    Args:
+        deliver: called from the engine's thread with each step's report.
+        fault: called from the engine's thread with the keys of the requests in a step that raised; the engine has
+            stopped for good by then, and the process is expected to exit.
+        max_waiting: requests that wait at most, those in the inbox counted.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: SchedulerLimits,
+        *,
+        max_waiting: int,
+        clock: Clock,
+        deliver: Callable[[StepReport], None],
+        fault: Callable[[list[Hashable]], None],
+    ) -> None:
+        self.pool = BlockPool(runner.num_blocks, runner.block_size)
+        self.scheduler = Scheduler(self.pool, limits)
+        self._runner = runner
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._deliver = deliver
+        self._fault = fault
+        self._inbox = _Inbox()
+        self._wake = threading.Condition()
+        self._sequences: dict[Hashable, SequenceState] = {}
+        self._thread: threading.Thread | None = None
+        self._step_started: float | None = None
+        self._executing: list[SequenceState] = []
+        self._aborted_some = False
+        self.steps = 0
+        self.load = self._count_load()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop after the step that is running, and waits for that."""
+        with self._wake:
+            self._inbox.stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises QueueFull or NeverFits; any thread."""
+        if not self.scheduler.fits(len(request.prompt_ids) + request.max_tokens):
+            raise NeverFits
+        with self._wake:
+            if len(self.scheduler.waiting) + len(self._inbox.submits) >= self._max_waiting:
+                raise QueueFull
+            self._inbox.submits.append(SequenceState.of(request, self._clock()))
+            self._wake.notify()
+
+    def abort(self, keys: Iterable[Hashable]) -> None:
+        """Drops requests; unknown keys are ignored. Their blocks are free before the next step. Any thread."""
+        with self._wake:
+            self._inbox.aborts.extend(keys)
+            self._wake.notify()
+
+    def seconds_in_step(self) -> float:
+        """How long the running step has taken so far; 0 between steps."""
+        started = self._step_started
+        return 0.0 if started is None else self._clock() - started
+
+    def step(self) -> StepReport | None:
+        """Takes in what arrived, runs one step, and returns its report; None if there was nothing to do."""
+        now = self._clock()
+        self._take_inbox()
+        late = expired(self._sequences.values(), now)
+        for sequence in late:
+            self._forget(sequence)
+        scheduled = self.scheduler.schedule(now)
+        if not (scheduled.sequences or late or self._aborted_some):
+            return None
+        reports = self._execute(scheduled, now) if scheduled.sequences else []
+        self._aborted_some = False
+        self.load = self._count_load()
+        return StepReport(self.steps, reports, [sequence.request.key for sequence in late], self.load)
+
+    def _execute(self, scheduled: Scheduled, now: float) -> list[SequenceReport]:
+        self._step_started, self._executing = now, scheduled.sequences
+        drawn = self._runner.execute(scheduled.plan)
+        self._step_started, self._executing = None, []
+        self.steps += 1
+        reports = []
+        for sequence, chunk, token in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
+            self.scheduler.computed(sequence, len(chunk.token_ids))
+            if token is not None:
+                reports.append(self._apply(sequence, token))
+        return reports
+
+    def _apply(self, sequence: SequenceState, token: int) -> SequenceReport:
+        """Adds a drawn token to its sequence, and ends the sequence if it is the last."""
+        request = sequence.request
+        index = sequence.num_generated
+        sequence.tokens.append(token)
+        start = None
+        if index == len(request.generated_ids):
+            first = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
+            start = Start(sequence.cached_tokens, first - sequence.arrival, self._clock() - first)
+        end = sequence.end_reason()
+        if end is not None:
+            self._forget(sequence)
+        return SequenceReport(request.key, index, [token], start, end)
+
+    def _take_inbox(self) -> None:
+        with self._wake:
+            submits, aborts = self._inbox.submits, self._inbox.aborts
+            self._inbox.submits, self._inbox.aborts = deque(), deque()
+            for sequence in submits:
+                self._sequences[sequence.request.key] = sequence
+                self.scheduler.add(sequence)
+        # Whoever aborts a request has submitted it before: its submit is in by now.
+        for key in aborts:
+            if (aborted := self._sequences.get(key)) is not None:
+                self._forget(aborted)
+                self._aborted_some = True
+
+    def _forget(self, sequence: SequenceState) -> None:
+        del self._sequences[sequence.request.key]
+        self.scheduler.remove(sequence)
+
+    def _count_load(self) -> LoadReport:
+        return LoadReport(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            waiting_prefill_tokens=self.scheduler.waiting_tokens(),
+            blocks_in_use=self.pool.num_used,
+            blocks_cached=self.pool.num_cached,
+            blocks_free=self.pool.num_free,
+        )
+
+    def _run(self) -> None:
+        try:
+            while not self._inbox.stopping:
+                report = self.step()
+                if report is not None:
+                    self._deliver(report)
+                else:
+                    self._sleep()
+        except Exception:
+            log.exception("step %d raised; the process ends", self.steps + 1)
+            self._fault([sequence.request.key for sequence in self._executing])
+
+    def _sleep(self) -> None:
+        """Waits for work; verifies the pool once if none comes for a while."""
+        with self._wake:
+            if self._wake.wait_for(self._has_work, IDLE_SECONDS_BEFORE_CHECK):
+                return
+        self.pool.check()
+        with self._wake:
+            self._wake.wait_for(self._has_work)
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox.submits or self._inbox.aborts or self._inbox.stopping)

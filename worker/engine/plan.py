@@ -1,0 +1,93 @@
+"""What the engine asks of a model runner: one ordered plan a step, one result back.
+
+A plan is data. It names every token to compute and every token to draw, in an order that all ranks of a tensor-parallel
+group share; a runner holds no policy. Nothing here imports torch: the engine is tested on fakes of `ModelRunner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+GREEDY_TEMPERATURE = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one choice draws its tokens; every value is resolved, nothing is unset.
+
+    Filters apply in this order to logits divided by `temperature`: top_k, then top_p, then min_p.
+    """
+
+    temperature: float = GREEDY_TEMPERATURE
+    """0 is greedy (the highest logit, ties to the lower id); otherwise the divisor of the logits, > 0."""
+    top_k: int = 0
+    """Keep the k highest logits; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable ids whose probabilities sum to at least this, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop ids less probable than this times the most probable id, in [0, 1)."""
+    seed: int = 0
+    """Key of the counter-based random numbers, an unsigned 64-bit integer."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == GREEDY_TEMPERATURE
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token to draw from the logits of a chunk's last position."""
+
+    params: SamplingParams
+    choice: int
+    """Index of the choice within its request: part of the random counter."""
+    position: int
+    """Index of the token to draw among the choice's generated ids, from 0: part of the random counter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one sequence that a step computes: positions `start` to `start + len(token_ids) - 1`."""
+
+    token_ids: Sequence[int]
+    """At least one id; one id is a decode, more are (a piece of) a prefill."""
+    start: int
+    """Position of the first id in the sequence; the KV of all earlier positions is in the block table's blocks."""
+    block_table: Sequence[int]
+    """Block ids in order; block i holds positions i * block_size to (i + 1) * block_size - 1. Covers this chunk."""
+    draw: Draw | None
+    """None while more of the prompt is to come: then no logits are computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: chunks of distinct sequences, in the order in which results come back."""
+
+    chunks: Sequence[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+class ModelRunner(Protocol):
+    """Executes steps against a KV cache of `num_blocks` blocks of `block_size` positions."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    def execute(self, plan: StepPlan) -> list[int | None]:
+        """Computes every chunk, writes its keys and values to the cache, and returns one entry a chunk: the id
+        drawn, or None where the chunk has no draw. Any exception is fatal to the process that runs it."""
+        ...
+
+
+class Clock(Protocol):
+    """Monotonic time, in seconds; tests bring their own."""
+
+    def __call__(self) -> float: ...
