@@ -1,0 +1,1 @@
+"""Text to token ids and back: encoding, chat templates, incremental detokenizing with stop strings."""
