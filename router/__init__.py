@@ -1,0 +1,1 @@
+"""The router: the public face, and the only process that clients talk to."""

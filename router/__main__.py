@@ -1,0 +1,110 @@
+"""`python -m router serve`: the router's process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+
+import click
+
+from qwire.service.config import command
+from qwire.service.server import Listener, Server, run, until_signal
+from qwire.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
+from router.config import RouterConfig
+from router.faces import AdminServicer, ModelServicer, TokenizerServicer
+from router.fleet import Fleet
+from router.generation import GenerationServicer
+from router.tokenizer_link import TokenizerLink
+from router.worker_link import WorkerLink
+
+log = logging.getLogger(__name__)
+
+
+async def serve(config: RouterConfig) -> int:
+    """Runs the router until it is told to stop; returns the exit status."""
+    tokenizer = TokenizerLink(config.tokenizer)
+    router_id = uuid.uuid4().hex
+    links = [WorkerLink(target, router_id, tokenizer.send) for target in config.worker]
+    fleet = Fleet(links, config.worker_wait)
+    generation = GenerationServicer(config, fleet, tokenizer)
+
+    public = Server(
+        Listener(config.listen, config.insecure_bind),
+        max_message_bytes=config.max_request_bytes,
+        write_timeout=config.write_timeout,
+        # More concurrent calls than streams: those over the limit get a typed answer instead of waiting unseen.
+        options=[("grpc.max_concurrent_streams", 4 * config.max_streams)],
+    )
+    public.add(
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server,
+        generation,
+        _name(generation_pb2, "GenerationService"),
+    )
+    public.add(
+        models_pb2_grpc.add_ModelServiceServicer_to_server, ModelServicer(fleet), _name(models_pb2, "ModelService")
+    )
+    public.add(
+        tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server,
+        TokenizerServicer(config, tokenizer),
+        _name(tokenizer_pb2, "TokenizerService"),
+    )
+    servers = [public]
+    if config.admin_listen:
+        admin = Server(
+            Listener(config.admin_listen, config.insecure_bind),
+            max_message_bytes=config.max_request_bytes,
+            announce=False,
+        )
+        admin.add(
+            admin_pb2_grpc.add_AdminServiceServicer_to_server,
+            AdminServicer(fleet, lambda: generation.active_streams),
+            _name(admin_pb2, "AdminService"),
+        )
+        servers.append(admin)
+
+    background = [asyncio.create_task(link.run()) for link in links]
+    background.append(asyncio.create_task(tokenizer.run()))
+    background.append(asyncio.create_task(_follow_health(fleet, servers)))
+    for server in servers:
+        await server.start()
+    await until_signal()
+    log.info("draining: %d streams have up to %g s", generation.active_streams, config.grace)
+    await asyncio.gather(*(server.stop(config.grace) for server in servers))
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
+    await tokenizer.close()
+    return 0
+
+
+async def _follow_health(fleet: Fleet, servers: list[Server]) -> None:
+    """SERVING as soon as a worker is linked, and from then on."""
+    while not fleet.any_ready:
+        await asyncio.sleep(0.05)
+    for server in servers:
+        await server.set_serving(True)
+
+
+def _name(module: object, service: str) -> str:
+    return str(module.DESCRIPTOR.services_by_name[service].full_name)  # type: ignore[attr-defined]
+
+
+@click.group()
+def main() -> None:
+    """The router."""
+
+
+main.add_command(command(RouterConfig, lambda config: run(lambda: serve(config)), service="router"))
+
+if __name__ == "__main__":
+    main(prog_name="python -m router")

@@ -1,0 +1,170 @@
+"""GenerationService: from a client's request to its stream."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import itertools
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NoReturn
+
+import grpc
+
+from qwire import prefix
+from qwire.errors import QwireError, Reason
+from qwire.service.status import not_in_this_release
+from qwire.v1 import generation_pb2 as pb
+from qwire.v1 import generation_pb2_grpc, tokenizer_pb2, worker_pb2
+from router.config import RouterConfig
+from router.fleet import Fleet
+from router.journal import Journal, StreamSpec
+from router.tokenizer_link import TokenizerLink, relay
+from router.validation import check, check_prompt, resolve
+from router.worker_link import WorkerLink
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+OVERLOADED_RETRY_SECONDS = 1.0
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Serves streams. One handler a stream holds everything that the stream owns, and gives it back however it ends."""
+
+    def __init__(self, config: RouterConfig, fleet: Fleet, tokenizer: TokenizerLink) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._tokenizer = tokenizer
+        self._sequences = itertools.count(1)
+        self._request_ids: set[str] = set()
+
+    @property
+    def active_streams(self) -> int:
+        return len(self._request_ids)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        arrival = time.monotonic()
+        check(request, self._config)
+        with self._admitted(request) as request_id:
+            model = await self._fleet.find_model(request.model)
+            prompt_ids = await self._prompt_ids(request)
+            check_prompt(request, prompt_ids, model)
+            sampling, stop = resolve(request, len(prompt_ids), model, self._config)
+            spec = StreamSpec(
+                sequence=next(self._sequences),
+                prompt_tokens=len(prompt_ids),
+                stop=stop,
+                want_text=not request.output.HasField("text") or request.output.text,
+                want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
+                max_pending_tokens=self._config.max_pending_tokens,
+            )
+            journal = Journal(spec, arrival, time.monotonic)
+            link = await self._fleet.place(model.name)
+            if link.info is None:
+                raise RuntimeError("a ready link has no worker")
+            submit = self._submit(request, prompt_ids, sampling, stop, link.info, context)
+            async with self._placed(journal, link, submit):
+                await journal.admitted
+                accepted = pb.Accepted(
+                    request_id=request_id,
+                    sampling=sampling,
+                    stop=stop,
+                    prompt_tokens=len(prompt_ids),
+                    numerics_id=link.info.model.numerics_id,
+                )
+                yield pb.GenerateResponse(accepted=accepted)
+                finished = False
+                while not finished:
+                    for message in await journal.next_messages():
+                        finished = message.HasField("finished")
+                        yield message
+
+    async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> NoReturn:
+        raise not_in_this_release("GenerateOnce")
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
+        raise not_in_this_release("Embed")
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
+        raise not_in_this_release("Score")
+
+    @contextmanager
+    def _admitted(self, request: pb.GenerateRequest) -> Iterator[str]:
+        """Holds one of `max_streams` slots and the request's id. Raises QwireError before anything is computed."""
+        if len(self._request_ids) >= self._config.max_streams:
+            raise QwireError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._config.max_streams} streams are served already",
+                reason=Reason.OVERLOADED,
+                retry_after=OVERLOADED_RETRY_SECONDS,
+            )
+        request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
+        if request_id in self._request_ids:
+            raise QwireError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                "a live request has this request_id",
+                reason=Reason.DUPLICATE_REQUEST_ID,
+            )
+        self._request_ids.add(request_id)
+        try:
+            yield request_id
+        finally:
+            self._request_ids.discard(request_id)
+
+    @asynccontextmanager
+    async def _placed(self, journal: Journal, link: WorkerLink, submit: worker_pb2.Submit) -> AsyncIterator[None]:
+        """Places a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
+        if journal.spec.detokenized:
+            self._tokenizer.open(journal)
+        try:
+            attempt = link.submit(journal, submit)
+            try:
+                yield
+            finally:
+                link.release(attempt, finished=journal.ended_at_worker)
+        finally:
+            self._tokenizer.release(journal.spec.sequence)
+
+    async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+        match request.WhichOneof("input"):
+            case "token_ids":
+                return list(request.token_ids.ids)
+            case "text":
+                encode = tokenizer_pb2.EncodeRequest(model=request.model, texts=[request.text])
+                encoded = await relay(self._tokenizer.stub.Encode(encode))
+                return list(encoded.encodings[0].ids)
+            case _:
+                render = tokenizer_pb2.RenderChatRequest(model=request.model, chat=request.chat)
+                return list((await relay(self._tokenizer.stub.RenderChat(render))).token_ids)
+
+    def _submit(
+        self,
+        request: pb.GenerateRequest,
+        prompt_ids: list[int],
+        sampling: pb.SamplingParams,
+        stop: pb.StopOptions,
+        worker: worker_pb2.WorkerInfo,
+        context: Context,
+    ) -> worker_pb2.Submit:
+        scope = hmac.digest(
+            self._config.fleet_secret.encode(), b"\0" + request.prefix_cache.scope.encode(), hashlib.sha256
+        )[:16]
+        remaining = context.time_remaining()
+        return worker_pb2.Submit(
+            prompt_ids=prompt_ids,
+            params=worker_pb2.ResolvedParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                seed=sampling.seed,
+                max_tokens=stop.max_tokens,
+                stop_token_ids=stop.token_ids,
+                eos_token_ids=() if stop.ignore_eos else worker.model.eos_token_ids,
+            ),
+            remaining_ms=None if remaining is None else max(0, round(remaining * 1000)),
+            prefix_root=prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope),
+            bypass_prefix_cache=request.prefix_cache.bypass,
+        )

@@ -1,0 +1,110 @@
+"""A router's link to the tokenizer service: unary calls, and one Detokenize stream for all sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+
+import grpc
+
+from qwire.errors import QwireError, Reason
+from qwire.service.server import LINK_OPTIONS
+from qwire.v1 import tokenizer_pb2 as pb
+from qwire.v1 import tokenizer_pb2_grpc
+from router.journal import Journal
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Ids of a prompt take up to four times the bytes of its text, and a rendered chat carries both."""
+OUTBOX_MESSAGES = 65_536
+RECONNECT_SECONDS = 0.1
+
+
+class TokenizerLink:
+    """The tokenizer service at `target`. `run` keeps the Detokenize stream up."""
+
+    def __init__(self, target: str) -> None:
+        options = [
+            *LINK_OPTIONS,
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        ]
+        self.channel = grpc.aio.insecure_channel(target, options=options)
+        self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
+        self._target = target
+        self._journals: dict[int, Journal] = {}
+        self._outbox: asyncio.Queue[pb.DetokenizeRequest] | None = None
+
+    async def run(self) -> None:
+        """Opens the Detokenize stream, and again whenever it ends, until cancelled."""
+        while True:
+            self._outbox = asyncio.Queue(OUTBOX_MESSAGES)
+            for journal in self._journals.values():
+                self.send(journal.open_requests())
+            try:
+                async for response in self.stub.Detokenize(self._requests(self._outbox), wait_for_ready=True):
+                    for piece in response.pieces:
+                        if (journal_or_none := self._journals.get(piece.sequence)) is not None:
+                            journal_or_none.take_piece(piece)
+            except grpc.aio.AioRpcError as error:
+                log.warning("detokenize stream to %s ended: %s", self._target, error.code().name)
+            self._outbox = None
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+    def open(self, journal: Journal) -> None:
+        """Starts a sequence; should the stream be opened again, the sequence goes on where its text stands."""
+        self._journals[journal.spec.sequence] = journal
+        self.send(journal.open_requests())
+
+    def release(self, sequence: int) -> None:
+        """Forgets a sequence."""
+        if self._journals.pop(sequence, None) is not None:
+            self.send([pb.DetokenizeRequest(close=pb.DetokenizeClose(sequence=sequence))])
+
+    def send(self, requests: list[pb.DetokenizeRequest]) -> None:
+        """Sends requests in order as one message. While the stream is down they are dropped: opening it again sends
+        the state of every sequence."""
+        if self._outbox is None:
+            return
+        try:
+            self._outbox.put_nowait(pb.DetokenizeRequest(batch=pb.DetokenizeBatch(requests=requests)))
+        except asyncio.QueueFull:
+            for request in requests:
+                if (journal := self._journals.get(request.push.sequence)) is not None:
+                    journal.fail(tokenizer_unavailable())
+
+    async def _requests(self, outbox: asyncio.Queue[pb.DetokenizeRequest]) -> AsyncIterator[pb.DetokenizeRequest]:
+        while True:
+            yield await outbox.get()
+
+
+async def relay(call: Awaitable[T]) -> T:
+    """Awaits a call of the tokenizer service, and raises its error as ours: typed ones as they are."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        failed = QwireError.from_rpc(error)
+        if failed.reason:
+            raise failed from None
+        if failed.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise QwireError(failed.code, "the deadline passed", reason=Reason.DEADLINE) from None
+        raise tokenizer_unavailable() from None
+
+
+def tokenizer_unavailable() -> QwireError:
+    return QwireError(
+        grpc.StatusCode.UNAVAILABLE,
+        "the tokenizer service can't be reached",
+        reason=Reason.TOKENIZER_UNAVAILABLE,
+        retry_after=1.0,
+    )

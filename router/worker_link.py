@@ -1,0 +1,181 @@
+"""A router's link to one worker: a `Serve` stream that is opened again whenever it ends.
+
+The link knows attempts, not requests: it hands each frame to the journal that its attempt belongs to, and forgets an
+attempt once told to. Frames of attempts that it doesn't know are dropped, which is what fences off the past.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from qwire.errors import QwireError, Reason
+from qwire.service.server import LINK_OPTIONS
+from qwire.v1 import tokenizer_pb2, worker_pb2_grpc
+from qwire.v1 import worker_pb2 as pb
+from router.journal import IndexGap, Journal
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+OUTBOX_FRAMES = 4096
+"""Frames that wait for the worker at most; a link that falls further behind is cut."""
+RECONNECT_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+WORKER_REFUSED_RETRY_SECONDS = 1.0
+
+
+class WorkerLink:
+    """The link to the worker at `target`. `run` keeps it up; `ready` says whether requests can be placed."""
+
+    def __init__(
+        self, target: str, router_id: str, detokenize: Callable[[list[tokenizer_pb2.DetokenizeRequest]], None]
+    ) -> None:
+        self.target = target
+        self.info: pb.WorkerInfo | None = None
+        """What the worker said of itself when last linked."""
+        self.load = pb.Load()
+        self.ready = False
+        self.changed = asyncio.Event()
+        """Set, and replaced, whenever `ready` changes."""
+        self._router_id = router_id
+        self._detokenize = detokenize
+        self._journals: dict[int, Journal] = {}
+        self._attempts = itertools.count(1)
+        self._outbox: asyncio.Queue[pb.ServeRequest] = asyncio.Queue(OUTBOX_FRAMES)
+
+    @property
+    def streams(self) -> int:
+        """How many requests are placed here."""
+        return len(self._journals)
+
+    async def run(self) -> None:
+        """Links, and links again, until cancelled."""
+        failures = 0
+        while True:
+            options = [*LINK_OPTIONS, ("grpc.max_receive_message_length", MAX_FRAME_BYTES)]
+            async with grpc.aio.insecure_channel(self.target, options=options) as channel:
+                try:
+                    await self._serve(worker_pb2_grpc.WorkerServiceStub(channel))
+                except grpc.aio.AioRpcError as error:
+                    if self.ready or failures == 0:
+                        log.warning("link to %s ended: %s", self.target, error.code().name)
+                except IndexGap as error:
+                    log.error("link to %s broken by the worker: %s", self.target, error)
+            failures = 0 if self.ready else failures + 1
+            self._lose()
+            await asyncio.sleep(RECONNECT_SECONDS[min(failures, len(RECONNECT_SECONDS) - 1)])
+
+    def submit(self, journal: Journal, submit: pb.Submit) -> int:
+        """Places a request here; returns the number of the attempt. Raises QwireError where the link is down."""
+        if not self.ready or self.info is None:
+            raise worker_lost()
+        attempt = next(self._attempts)
+        submit.attempt = attempt
+        self._journals[attempt] = journal
+        journal.submitted(self.info.worker_id)
+        self._send(pb.ServeRequest(submit=submit))
+        return attempt
+
+    def release(self, attempt: int, *, finished: bool) -> None:
+        """Forgets an attempt, and stops it at the worker unless it is finished there."""
+        if self._journals.pop(attempt, None) is not None and not finished and self.ready:
+            self._send(pb.ServeRequest(abort=pb.Abort(attempts=[attempt])))
+
+    def _send(self, frame: pb.ServeRequest) -> None:
+        try:
+            self._outbox.put_nowait(frame)
+        except asyncio.QueueFull:
+            raise QwireError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "the worker doesn't take requests as fast as they come",
+                reason=Reason.OVERLOADED,
+                retry_after=WORKER_REFUSED_RETRY_SECONDS,
+            ) from None
+
+    async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
+        self._outbox = asyncio.Queue(OUTBOX_FRAMES)
+        async for frame in stub.Serve(self._frames(self._outbox)):
+            self._take(frame)
+
+    async def _frames(self, outbox: asyncio.Queue[pb.ServeRequest]) -> AsyncIterator[pb.ServeRequest]:
+        yield pb.ServeRequest(hello=pb.Hello(router_id=self._router_id))
+        while True:
+            yield await outbox.get()
+
+    def _take(self, frame: pb.ServeResponse) -> None:
+        match frame.WhichOneof("frame"):
+            case "step":
+                self._take_step(frame.step)
+            case "heartbeat":
+                self.load = frame.heartbeat.load
+            case "welcome":
+                self.info = frame.welcome.info
+                log.info("linked to worker %s at %s: %s", self.info.worker_id, self.target, self.info.model.name)
+                self._set_ready(True)
+            case "admitted":
+                if (journal := self._journals.get(frame.admitted.attempt)) and not journal.admitted.done():
+                    journal.admitted.set_result(None)
+            case "refused":
+                if journal := self._journals.pop(frame.refused.attempt, None):
+                    journal.fail(_refusal(frame.refused))
+            case "failed":
+                if journal := self._journals.pop(frame.failed.attempt, None):
+                    journal.fail(
+                        QwireError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed", reason=Reason.DEADLINE)
+                    )
+            case "fault":
+                log.error("worker at %s failed in a step of %d requests", self.target, len(frame.fault.attempts))
+            case unknown:
+                log.error("worker at %s sent a frame of no known kind: %s", self.target, unknown)
+
+    def _take_step(self, step: pb.Step) -> None:
+        self.load = step.load
+        requests: list[tokenizer_pb2.DetokenizeRequest] = []
+        for sequence in step.sequences:
+            if (journal := self._journals.get(sequence.attempt)) is not None:
+                requests += journal.receive(sequence)
+        if requests:
+            self._detokenize(requests)
+
+    def _lose(self) -> None:
+        """Fails what was placed here."""
+        self._set_ready(False)
+        journals, self._journals = self._journals, {}
+        for journal in journals.values():
+            journal.fail(worker_lost())
+
+    def _set_ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self.ready = ready
+            self.changed.set()
+            self.changed = asyncio.Event()
+
+
+def worker_lost() -> QwireError:
+    return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker that ran the request is gone", reason=Reason.WORKER_LOST)
+
+
+def _refusal(refused: pb.Refused) -> QwireError:
+    match refused.reason:
+        case pb.REFUSED_REASON_QUEUE_FULL:
+            delay = refused.retry_after.seconds + refused.retry_after.nanos / 1e9
+            return QwireError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "the worker's queue is full",
+                reason=Reason.OVERLOADED,
+                retry_after=delay or WORKER_REFUSED_RETRY_SECONDS,
+            )
+        case pb.REFUSED_REASON_DRAINING:
+            return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
+        case pb.REFUSED_REASON_TOO_LARGE:
+            return QwireError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "prompt and max_tokens together need more KV cache than the worker has",
+                reason=Reason.INVALID_REQUEST,
+            )
+        case _:
+            return QwireError(grpc.StatusCode.INTERNAL, "the worker refused the request", reason=Reason.INTERNAL)
