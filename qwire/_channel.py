@@ -1,0 +1,29 @@
+"""How both clients open a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwire import __version__
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+_MAX_RECEIVE_BYTES = 16 * 1024 * 1024
+_LOCAL_PREFIXES = ("unix:", "unix-abstract:", "127.", "localhost:", "[::1]:")
+
+
+def channel_options(address: str, extra: Sequence[tuple[str, int | str]] = ()) -> list[tuple[str, int | str]]:
+    """The gRPC channel arguments for `address`; those in `extra` come last and win."""
+    options: list[tuple[str, int | str]] = [
+        ("grpc.primary_user_agent", f"qwire/{__version__}"),
+        ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
+        # A stream may be silent for long while its request waits in a queue, so a peer that is gone is found by pings.
+        # How soon is up to grpc.http2.ping_timeout_ms (a minute by default); grpc.keepalive_timeout_ms has no say where
+        # it is the longer one.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+    ]
+    if address.startswith(_LOCAL_PREFIXES):
+        # gRPC obeys http_proxy even for the loopback interface, where a proxy can only be in the way.
+        options.append(("grpc.enable_http_proxy", 0))
+    return [*options, *extra]

@@ -1,0 +1,24 @@
+"""The `qwire` command."""
+
+from __future__ import annotations
+
+import click
+
+from qwire import __version__
+from qwire.cli.chat import chat
+from qwire.cli.demo import demo
+from qwire.cli.generate import generate
+from qwire.cli.models import models
+from qwire.cli.up import up
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="qwire")
+def main() -> None:
+    """Qwen models behind gRPC."""
+
+
+for _command in (up, demo, generate, chat, models):
+    main.add_command(_command)
