@@ -38,8 +38,9 @@ class Violations:
     def add(self, name: str, description: str) -> None:
         self.wrong.append(FieldViolation(name, description))
 
-    def not_yet(self, name: str) -> None:
-        self.absent.append(FieldViolation(name, "is not in this release"))
+    def not_yet(self, name: str, neutral: float | None = None) -> None:
+        what = "" if neutral is None else f"other than {neutral:g} "
+        self.absent.append(FieldViolation(name, f"{what}is not in this release"))
 
     def raise_if_any(self) -> None:
         found = [*self.wrong, *self.absent]
@@ -171,7 +172,7 @@ def _check_sampling(sampling: pb.SamplingParams, config: RouterConfig, found: Vi
     for name, neutral in (("repetition_penalty", 1), ("frequency_penalty", 0), ("presence_penalty", 0), ("n", 1)):
         wrong = any(violation.field == f"sampling.{name}" for violation in found.wrong)
         if sampling.HasField(name) and getattr(sampling, name) != neutral and not wrong:  # type: ignore[arg-type]
-            found.not_yet(f"sampling.{name} other than {neutral}")
+            found.not_yet(f"sampling.{name}", neutral)
 
 
 def _check_stop(stop: pb.StopOptions, config: RouterConfig, found: Violations) -> None:
@@ -189,7 +190,7 @@ def _check_stop(stop: pb.StopOptions, config: RouterConfig, found: Violations) -
         if stop.min_tokens < 0:
             found.add("stop.min_tokens", f"must not be negative: {stop.min_tokens}")
         elif stop.min_tokens > 0:
-            found.not_yet("stop.min_tokens other than 0")
+            found.not_yet("stop.min_tokens", 0)
 
 
 def _check_output(output: pb.OutputOptions, config: RouterConfig, found: Violations) -> None:

@@ -1,0 +1,181 @@
+"""Rows 20 to 23: every bad field is named, nothing unset is taken for zero, and the limits are those documented."""
+
+from __future__ import annotations
+
+import math
+
+import grpc
+import pytest
+
+from qwire.errors import QwireError, Reason
+from qwire.v1 import generation_pb2 as pb
+from qwire.v1 import models_pb2
+from qwire.v1 import tokenizer_pb2 as tok
+from router.config import RouterConfig
+from router.validation import check, check_prompt, resolve
+
+CONFIG = RouterConfig(worker=("unix:w",), tokenizer="unix:t")
+MODEL = models_pb2.ModelInfo(
+    name="m",
+    context_length=100,
+    vocab_size=50,
+    default_sampling=models_pb2.DefaultSampling(temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1),
+)
+
+
+def request(**fields: object) -> pb.GenerateRequest:
+    if not {"text", "token_ids", "chat"} & fields.keys():
+        fields["text"] = "hello"
+    return pb.GenerateRequest(**fields)  # type: ignore[arg-type]
+
+
+def violations(bad: pb.GenerateRequest) -> list[str]:
+    with pytest.raises(QwireError) as caught:
+        check(bad, CONFIG)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.retry_after is None
+    assert all(violation.description for violation in caught.value.violations)
+    return [violation.field for violation in caught.value.violations]
+
+
+def user(text: str | None = "hi", **more: object) -> tok.Message:
+    return tok.Message(role=tok.ROLE_USER, content=text, **more)  # type: ignore[arg-type]
+
+
+def test_a_plain_request_passes() -> None:
+    check(request(), CONFIG)
+    check(request(chat=tok.Chat(messages=[user()])), CONFIG)
+    check(request(token_ids=tok.TokenIds(ids=[1])), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"text": ""}, ["text"]),
+        ({"token_ids": tok.TokenIds()}, ["token_ids.ids"]),
+        ({"chat": tok.Chat()}, ["chat.messages"]),
+        ({"chat": tok.Chat(messages=[tok.Message(content="x")])}, ["chat.messages[0].role"]),
+        ({"chat": tok.Chat(messages=[user(None)])}, ["chat.messages[0].content"]),
+        ({"chat": tok.Chat(messages=[user()] * 1025)}, ["chat.messages"]),
+        ({"chat": tok.Chat(messages=[user()], tools=[tok.Tool(name="f")] * 129)}, ["chat.tools"]),
+        (
+            {"chat": tok.Chat(messages=[user()], tools=[tok.Tool(parameters_json="[1]")])},
+            ["chat.tools[0].name", "chat.tools[0].parameters_json"],
+        ),
+        (
+            {"chat": tok.Chat(messages=[user(tool_calls=[tok.ToolCall(name="f", arguments_json="{}")])])},
+            ["chat.messages[0].tool_calls"],
+        ),
+        (
+            {
+                "chat": tok.Chat(
+                    messages=[user()], template_options=tok.TemplateOptions(arguments_json='{"messages": []}')
+                )
+            },
+            ["chat.template_options.arguments_json"],
+        ),
+        ({"request_id": ""}, ["request_id"]),
+        ({"request_id": "a b"}, ["request_id"]),
+        ({"request_id": "x" * 129}, ["request_id"]),
+        ({"prefix_cache": pb.PrefixCacheOptions(scope="x" * 129)}, ["prefix_cache.scope"]),
+        ({"continuity": 9}, ["continuity"]),
+        *(({"sampling": pb.SamplingParams(temperature=t)}, ["sampling.temperature"]) for t in (-1, math.nan, math.inf)),
+        *(({"sampling": pb.SamplingParams(top_p=p)}, ["sampling.top_p"]) for p in (0, 1.1, -0.1, math.nan)),
+        *(({"sampling": pb.SamplingParams(min_p=p)}, ["sampling.min_p"]) for p in (1, -0.1, math.nan)),
+        ({"sampling": pb.SamplingParams(top_k=-1)}, ["sampling.top_k"]),
+        *(({"sampling": pb.SamplingParams(n=n)}, ["sampling.n"]) for n in (0, -1, 17)),
+        ({"sampling": pb.SamplingParams(logit_bias={i: 1.0 for i in range(1025)})}, ["sampling.logit_bias"]),
+        ({"sampling": pb.SamplingParams(bad_words=["x"] * 65)}, ["sampling.bad_words"]),
+        *(({"stop": pb.StopOptions(max_tokens=n)}, ["stop.max_tokens"]) for n in (0, -5)),
+        ({"stop": pb.StopOptions(min_tokens=-1)}, ["stop.min_tokens"]),
+        ({"stop": pb.StopOptions(strings=["a"] * 17)}, ["stop.strings"]),
+        ({"stop": pb.StopOptions(strings=["", "a" * 257])}, ["stop.strings[0]", "stop.strings[1]"]),
+        ({"stop": pb.StopOptions(token_ids=range(65))}, ["stop.token_ids"]),
+        *(({"output": pb.OutputOptions(logprobs=n)}, ["output.logprobs"]) for n in (-1, 21)),
+    ],
+)
+def test_bad_values(fields: dict[str, object], named: list[str]) -> None:
+    assert violations(request(**fields)) == named
+
+
+def test_no_input() -> None:
+    assert violations(pb.GenerateRequest()) == ["input"]
+
+
+def test_every_violation_is_named_at_once() -> None:
+    bad = request(
+        text="", sampling=pb.SamplingParams(temperature=math.nan, top_p=0, top_k=-1), stop=pb.StopOptions(max_tokens=0)
+    )
+    assert violations(bad) == ["text", "sampling.temperature", "sampling.top_p", "sampling.top_k", "stop.max_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"constraint": pb.Constraint(regex="a")}, "constraint"),
+        ({"priority": 0}, "priority"),
+        ({"adapter": "a"}, "adapter"),
+        ({"resume": pb.Resume()}, "resume"),
+        ({"sampling": pb.SamplingParams(n=2)}, "sampling.n"),
+        ({"sampling": pb.SamplingParams(repetition_penalty=1.1)}, "sampling.repetition_penalty"),
+        ({"sampling": pb.SamplingParams(frequency_penalty=0.5)}, "sampling.frequency_penalty"),
+        ({"sampling": pb.SamplingParams(presence_penalty=0.5)}, "sampling.presence_penalty"),
+        ({"sampling": pb.SamplingParams(logit_bias={1: 1.0})}, "sampling.logit_bias"),
+        ({"sampling": pb.SamplingParams(bad_words=["x"])}, "sampling.bad_words"),
+        ({"sampling": pb.SamplingParams(allowed_token_ids=[1])}, "sampling.allowed_token_ids"),
+        ({"stop": pb.StopOptions(min_tokens=1)}, "stop.min_tokens"),
+        ({"output": pb.OutputOptions(logprobs=0)}, "output.logprobs"),
+        ({"output": pb.OutputOptions(prompt_logprobs=0)}, "output.prompt_logprobs"),
+    ],
+)
+def test_what_this_release_lacks_is_refused_by_name(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(QwireError) as caught:
+        check(request(**fields), CONFIG)
+    assert [violation.field for violation in caught.value.violations] == [named]
+    assert caught.value.reason == Reason.NOT_IN_THIS_RELEASE
+
+
+def test_neutral_values_of_what_this_release_lacks_pass() -> None:
+    neutral = pb.SamplingParams(n=1, repetition_penalty=1, frequency_penalty=0, presence_penalty=0)
+    check(request(sampling=neutral, stop=pb.StopOptions(min_tokens=0)), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "named", "limit"),
+    [
+        ({}, [1] * 100, "text", "100"),
+        ({"stop": pb.StopOptions(max_tokens=91)}, [1] * 10, "stop.max_tokens", "at most 90"),
+        ({"token_ids": tok.TokenIds(ids=[1, 50])}, [1, 50], "token_ids.ids[1]", "50"),
+        ({"stop": pb.StopOptions(token_ids=[3, 99])}, [1], "stop.token_ids[1]", "99"),
+        ({}, [], "text", "no tokens"),
+    ],
+)
+def test_what_depends_on_the_model(fields: dict[str, object], prompt: list[int], named: str, limit: str) -> None:
+    with pytest.raises(QwireError) as caught:
+        check_prompt(request(**fields), prompt, MODEL)
+    (violation,) = caught.value.violations
+    assert violation.field == named
+    assert limit in violation.description
+
+
+def test_the_context_may_be_filled_to_the_last_token() -> None:
+    check_prompt(request(stop=pb.StopOptions(max_tokens=90)), [1] * 10, MODEL)
+    check_prompt(request(), [1] * 99, MODEL)
+
+
+def test_unset_takes_the_models_default_and_zero_is_kept() -> None:
+    sampling, stop = resolve(request(), 10, MODEL, CONFIG)
+    assert sampling.temperature == pytest.approx(0.6)
+    assert (sampling.top_k, sampling.n, stop.max_tokens) == (20, 1, 90)
+    zero = pb.SamplingParams(temperature=0, top_k=0, min_p=0, seed=0)
+    sampling, _ = resolve(request(sampling=zero), 10, MODEL, CONFIG)
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0, 0, 0)
+    assert sampling.top_p == pytest.approx(0.95)
+
+
+def test_an_unset_seed_follows_the_callers_request_id() -> None:
+    def seed(**fields: object) -> int:
+        return resolve(request(**fields), 10, MODEL, CONFIG)[0].seed
+
+    assert seed(request_id="a") == seed(request_id="a") != seed(request_id="b")
+    assert seed() != seed()

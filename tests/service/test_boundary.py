@@ -1,0 +1,173 @@
+"""The boundary of a service: what malformed, unknown and failing calls are answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from qwire.errors import QwireError, Reason
+from qwire.service.config import ConfigError
+from qwire.service.server import Listener, Server
+from qwire.v1 import generation_pb2 as pb
+from qwire.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
+from tests.helpers.wire import field_bytes
+
+GENERATE = "/qwire.v1.GenerationService/Generate"
+LIST_MODELS = "/qwire.v1.ModelService/ListModels"
+
+
+class Models(models_pb2_grpc.ModelServiceServicer):
+    async def ListModels(self, request: Any, context: Any) -> models_pb2.ListModelsResponse:
+        raise RuntimeError("secret-token-123")
+
+    async def GetModel(self, request: Any, context: Any) -> models_pb2.GetModelResponse:
+        raise QwireError(grpc.StatusCode.NOT_FOUND, "no such model", reason=Reason.MODEL_NOT_FOUND, retry_after=1.5)
+
+
+class Generation(generation_pb2_grpc.GenerationServiceServicer):
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        yield pb.GenerateResponse(delta=pb.Delta(text=request.text))
+        if request.text == "fail":
+            raise RuntimeError("secret-token-123")
+        if request.text == "flood":
+            while True:
+                yield pb.GenerateResponse(delta=pb.Delta(text="x" * 65536))
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    server = Server(Listener("127.0.0.1:0"), max_message_bytes=1 << 20, write_timeout=0.5, announce=False)
+    server.add(models_pb2_grpc.add_ModelServiceServicer_to_server, Models(), "qwire.v1.ModelService")
+    server.add(generation_pb2_grpc.add_GenerationServiceServicer_to_server, Generation(), "qwire.v1.GenerationService")
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address, options=[("grpc.http2.bdp_probe", 0)]) as channel:
+        yield channel
+    await server.stop(0)
+
+
+async def error_of(call: Any) -> QwireError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert "secret-token-123" not in str(caught.value)
+    assert "Error'>" not in (caught.value.details() or "")
+    return QwireError.from_rpc(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff",
+        field_bytes(3, b"\xff\xfe"),  # text that is no UTF-8
+        field_bytes(6, b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f"),
+    ],
+)
+async def test_malformed_bytes(channel: grpc.aio.Channel, data: bytes) -> None:
+    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(data))))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.MALFORMED_MESSAGE)
+
+
+async def test_unknown_fields_are_named(channel: grpc.aio.Channel) -> None:
+    good = pb.GenerateRequest(text="x", stop=pb.StopOptions(max_tokens=1)).SerializeToString()
+    nested = field_bytes(6, field_bytes(99, b"x"))
+    message = field_bytes(5, field_bytes(1, field_bytes(98, b"y")))
+    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(good + field_bytes(97, b"z")))))
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.UNKNOWN_FIELD)
+    assert [violation.field for violation in error.violations] == ["#97"]
+    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(good + nested))))
+    assert [violation.field for violation in error.violations] == ["sampling.#99"]
+    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(message))))
+    assert [violation.field for violation in error.violations] == ["chat.messages[0].#98"]
+
+
+async def test_unknown_methods(channel: grpc.aio.Channel) -> None:
+    for method in ("/qwire.v1.GenerationService/Nope", "/nope.Nope/Nope"):
+        assert (await error_of(channel.unary_unary(method)(b""))).code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_failing_handler_tells_nothing_of_itself(channel: grpc.aio.Channel) -> None:
+    error = await error_of(channel.unary_unary(LIST_MODELS)(b""))
+    assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, Reason.INTERNAL)
+    stream = aiter(channel.unary_stream(GENERATE)(pb.GenerateRequest(text="fail").SerializeToString()))
+    await anext(stream)
+    error = await error_of(anext(stream))
+    assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, Reason.INTERNAL)
+
+
+async def test_typed_errors_arrive_whole(channel: grpc.aio.Channel) -> None:
+    call = channel.unary_unary("/qwire.v1.ModelService/GetModel")(b"")
+    error = await error_of(call)
+    assert (error.code, error.reason, error.retry_after) == (
+        grpc.StatusCode.NOT_FOUND,
+        Reason.MODEL_NOT_FOUND,
+        1.5,
+    )
+    metadata = await call.trailing_metadata()
+    assert dict(metadata)["grpc-retry-pushback-ms"] == "1500"
+
+
+async def test_a_reader_that_stops_reading_is_cut_off(channel: grpc.aio.Channel) -> None:
+    stream = channel.unary_stream(GENERATE)(pb.GenerateRequest(text="flood").SerializeToString())
+    await stream.read()
+    await asyncio.sleep(1.5)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while True:
+            await stream.read()
+    assert QwireError.from_rpc(caught.value).reason == Reason.SLOW_READER
+
+
+async def test_messages_over_the_limit(channel: grpc.aio.Channel) -> None:
+    error = await error_of(channel.unary_unary(LIST_MODELS)(b"x" * (2 << 20)))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_health_stays_open_and_tells_changes(channel: grpc.aio.Channel) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service="qwire.v1.GenerationService"))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(watch.read()), 0.3)
+    watch.cancel()
+
+
+def test_addresses_that_others_reach_are_refused() -> None:
+    for address in ("0.0.0.0:1", "[::]:1", "10.1.2.3:0", "example.org:80"):
+        with pytest.raises(ConfigError, match="--insecure-bind"):
+            Listener(address).check()
+        Listener(address, insecure_bind=True).check()
+    for address in ("127.0.0.1:0", "localhost:1", "[::1]:0", "unix:/tmp/x"):
+        Listener(address).check()
+    for address in ("", "nonsense", "127.0.0.1:x", "127.0.0.1:99999"):
+        with pytest.raises(ConfigError):
+            Listener(address).check()
+
+
+async def test_two_servers_never_share_an_address(tmp_path: Path) -> None:
+    def server(address: str) -> Server:
+        return Server(Listener(address), max_message_bytes=1, announce=False)
+
+    first = server("127.0.0.1:0")
+    address = await first.start()
+    second = server(address)
+    with pytest.raises(ConfigError, match="in use"):
+        await second.start()
+    await first.stop(0)
+
+    path = f"unix:{tmp_path}/s"
+    first = server(path)
+    await first.start()
+    with pytest.raises(ConfigError, match="another server"):
+        await server(path).start()
+    await first.stop(0)
+    third = server(path)
+    await third.start()
+    await third.stop(0)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ConfigError, match="no socket"):
+        await server(f"unix:{tmp_path}/file").start()
+    assert (tmp_path / "file").read_text() == "precious"
