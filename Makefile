@@ -1,12 +1,13 @@
 .PHONY: setup demo test lint format protos lock bench clean
 SHELL := bash
-PROMPT ?= What is the capital of France?
+# Exported, so that no shell reads it a second time: a prompt may hold quotes.
+export PROMPT = What is the capital of France?
 
 setup:  ## .venv with everything
 	@scripts/setup.sh
 
 demo: setup  ## a real model answers PROMPT through router, tokenizer service and worker
-	@UV=$$(scripts/uv.sh) PROMPT="$${PROMPT:-$(PROMPT)}" scripts/demo.sh
+	@UV=$$(scripts/uv.sh) .venv/bin/qwire demo --prompt "$$PROMPT"
 
 test: setup  ## all tests
 	@.venv/bin/pytest $(ARGS)

@@ -66,7 +66,7 @@ def _numbers(generation: AsyncGeneration, first_text: float | None) -> str:
     usage, decode = finished.usage, finished.timing.decode.ToTimedelta().total_seconds()
     parts = [f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.generated_tokens} generated"]
     if first_text is not None:
-        parts.append(f"first token after {first_text * 1000:.0f} ms")
+        parts.append(f"TTFT {first_text * 1000:.0f} ms")
     if decode > 0:
         # The first token belongs to the prefill.
         parts.append(f"{(usage.generated_tokens - 1) / decode:.1f} tok/s")
