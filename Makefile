@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint format protos lock bench clean
+.PHONY: setup demo test lint format protos lock docs bench clean
 SHELL := bash
 # Exported, so that no shell reads it a second time: a prompt may hold quotes.
 export PROMPT = What is the capital of France?
@@ -31,6 +31,9 @@ protos:  ## stubs under qwire/v1
 
 lock:  ## requirements.lock anew
 	@scripts/lock.sh
+
+docs: setup  ## docs/settings.md
+	@.venv/bin/python -m scripts.settings > docs/settings.md
 
 bench: setup  ## the engine on the demo model, against transformers
 	@.venv/bin/python -m benchmarks.engine

@@ -234,7 +234,9 @@ def test_earlier_ids_count() -> None:
     while (report := engine.step()) is not None:
         reports.append(report)
     assert [sequence.token_index for report in reports for sequence in report.sequences] == [6, 7]
-    assert [token for report in reports for sequence in report.sequences for token in sequence.token_ids] == expected[6:]
+    assert [token for report in reports for sequence in report.sequences for token in sequence.token_ids] == expected[
+        6:
+    ]
 
 
 def test_abort_frees_blocks_within_a_step() -> None:

@@ -84,7 +84,7 @@ def test_a_plain_request_passes() -> None:
         *(({"sampling": pb.SamplingParams(min_p=p)}, ["sampling.min_p"]) for p in (1, -0.1, math.nan)),
         ({"sampling": pb.SamplingParams(top_k=-1)}, ["sampling.top_k"]),
         *(({"sampling": pb.SamplingParams(n=n)}, ["sampling.n"]) for n in (0, -1, 17)),
-        ({"sampling": pb.SamplingParams(logit_bias={i: 1.0 for i in range(1025)})}, ["sampling.logit_bias"]),
+        ({"sampling": pb.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))}, ["sampling.logit_bias"]),
         ({"sampling": pb.SamplingParams(bad_words=["x"] * 65)}, ["sampling.bad_words"]),
         *(({"stop": pb.StopOptions(max_tokens=n)}, ["stop.max_tokens"]) for n in (0, -5)),
         ({"stop": pb.StopOptions(min_tokens=-1)}, ["stop.min_tokens"]),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from qwire import Client
 from qwire.v1 import generation_pb2 as pb
-from tests.helpers.stacks import RunningStack
+from tests.helpers.stacks import RunningStack, running_stack
 
 PROMPT = list(range(60, 90))
 
@@ -146,14 +147,15 @@ def test_cached_prefixes_stay_within_their_scope(client: Client) -> None:
     assert [cached(scope="a"), cached(scope="a"), cached(scope="b"), cached(), cached(bypass=True)] == [0, 96, 0, 0, 0]
 
 
-def test_out_of_blocks_nothing_is_lost(tiny_model: object, client: Client) -> None:
-    from tests.helpers.stacks import running_stack
-
+def test_out_of_blocks_nothing_is_lost(tiny_model: Path, client: Client) -> None:
     prompts = [[number, *PROMPT] for number in range(12)]
     expected = [greedy(client, prompt, 60) for prompt in prompts]
-    with running_stack(tiny_model, "tiny", worker_flags=("--kv-blocks", "16")) as small, small.client() as cramped:  # type: ignore[arg-type]
-        with ThreadPoolExecutor(12) as pool:
-            assert list(pool.map(lambda prompt: greedy(cramped, prompt, 60), prompts)) == expected
+    with (
+        running_stack(tiny_model, "tiny", worker_flags=("--kv-blocks", "16")) as small,
+        small.client() as cramped,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        assert list(pool.map(lambda prompt: greedy(cramped, prompt, 60), prompts)) == expected
 
 
 @pytest.mark.parametrize("ending", ["context", "tokens"])

@@ -1,0 +1,159 @@
+"""A sequence's bits do not depend on batch mates, chunking, decode or prefill, block size, blocks or threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.models import write_random_qwen2, write_random_qwen3
+from tests.helpers.steps import chunk, logits_of, plan, table
+from worker.engine.plan import Chunk, Draw, SamplingParams
+from worker.runner import TorchRunner
+
+LENGTH = 530
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    ids: list[int] = torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+IDS = random_ids(LENGTH, 7)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    windowed = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}
+    return {
+        "qwen3": write_random_qwen3(root / "qwen3", heads=6, kv_heads=2, head_dim=64, hidden=192, config=windowed),
+        "qwen2": write_random_qwen2(root / "qwen2", heads=7, kv_heads=1, hidden=560, tie=False),
+    }
+
+
+@pytest.fixture(params=["qwen3-float32", "qwen3-bfloat16", "qwen3-float16", "qwen2-float32", "qwen2-bfloat16"])
+def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Path, str]:
+    model, _, dtype = request.param.partition("-")
+    return folders[model], dtype
+
+
+def make(case: tuple[Path, str], block_size: int = 16) -> TorchRunner:
+    return TorchRunner(case[0], dtype=case[1], num_blocks=4096 // block_size, block_size=block_size)
+
+
+def kv_of(runner: TorchRunner, blocks: tuple[int, ...], length: int) -> list[Tensor]:
+    """A sequence's keys and values, position by position."""
+    pools = [pool for cache in runner.caches for pool in (cache.keys, cache.values)]
+    return [pool[:, list(blocks)].flatten(1, 2)[:, :length].clone() for pool in pools]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "length"),
+    [([1], 40), ([240, 1], 275), ([17], LENGTH), ([3, 250, 7, 1, 1, 40], LENGTH), ([512, 1], LENGTH)],
+)
+def test_chunks_do_not_matter(case: tuple[Path, str], pieces: list[int], length: int) -> None:
+    runner = make(case)
+    whole, parts = table(0, LENGTH, 16), table(100, LENGTH, 16)
+    expected = logits_of(runner, IDS[:length], whole, [length])
+    assert torch.equal(logits_of(runner, IDS[:length], parts, pieces), expected)
+    assert same(kv_of(runner, parts, length), kv_of(runner, whole, length))
+
+
+def test_mates_do_not_matter(case: tuple[Path, str]) -> None:
+    runner = make(case)
+    alone = table(0, LENGTH, 16)
+    expected = logits_of(runner, IDS, alone, [LENGTH])
+    scattered = tuple(range(255, 255 - len(alone), -1))
+    generator = torch.Generator().manual_seed(1)
+    mates = [random_ids(400, 10 + i) for i in range(5)]
+    start, turn = 0, 0
+    progress = [0] * len(mates)
+    got = []
+    while start < LENGTH:
+        own = chunk(IDS[start : start + (90, 1, 33, 1, 1)[turn % 5]], start, scattered)
+        others: list[Chunk] = []
+        for index, ids in enumerate(mates):
+            size = int(torch.randint(0, 3, (1,), generator=generator)) * (1 if index % 2 else 19)
+            piece = ids[progress[index] : progress[index] + size]
+            if piece:
+                others.append(chunk(piece, progress[index], table(40 + 30 * index, 400, 16)))
+                progress[index] += len(piece)
+        place = int(torch.randint(0, len(others) + 1, (1,), generator=generator))
+        before = sum(len(other.token_ids) for other in others[:place])
+        logits = runner.forward_logits(plan(*others[:place], own, *others[place:]))
+        got.append(logits[before : before + len(own.token_ids)])
+        start, turn = start + len(own.token_ids), turn + 1
+    assert torch.equal(torch.cat(got), expected)
+    assert same(kv_of(runner, scattered, LENGTH), kv_of(runner, alone, LENGTH))
+
+
+def test_threads_do_not_matter(case: tuple[Path, str]) -> None:
+    expected = logits_of(make(case), IDS, table(0, LENGTH, 16), [400, 1, 1, 128])
+    torch.set_num_threads(2)
+    assert torch.equal(logits_of(make(case), IDS, table(0, LENGTH, 16), [400, 1, 1, 128]), expected)
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_block_size_does_not_matter(case: tuple[Path, str], block_size: int) -> None:
+    expected = logits_of(make(case), IDS, table(0, LENGTH, 16), [LENGTH])
+    got = logits_of(make(case, block_size), IDS, table(3, LENGTH, block_size), [LENGTH - 2, 1])
+    assert torch.equal(got, expected)
+
+
+def test_reused_blocks_do_not_leak(case: tuple[Path, str]) -> None:
+    """What an earlier sequence left in a block, not-a-number included, does not reach the next one."""
+    runner = make(case)
+    blocks = table(0, 100, 16)
+    expected = logits_of(runner, IDS[:100], blocks, [90, 1])
+    with torch.inference_mode():
+        for cache in runner.caches:
+            cache.keys.fill_(float("nan"))
+            cache.values.fill_(float("nan"))
+    assert torch.equal(logits_of(runner, IDS[:100], blocks, [90, 1]), expected)
+
+
+def test_draws_do_not_depend_on_the_batch(case: tuple[Path, str]) -> None:
+    runner = make(case)
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=5),
+        SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=6),
+        SamplingParams(temperature=1.5, min_p=0.05, seed=7),
+        SamplingParams(temperature=2.0, top_p=0.999, seed=8),
+    ]
+    chunks = [
+        chunk(random_ids(5 + index, index), 0, table(10 * index, 16, 16), Draw(param, 0, 3))
+        for index, param in enumerate(params)
+    ]
+    alone = [runner.execute(plan(one))[0] for one in chunks]
+    assert runner.execute(plan(*chunks)) == alone
+    assert runner.execute(plan(*reversed(chunks))) == alone[::-1]
+
+
+def test_plans_that_leave_their_blocks_are_refused(folders: dict[str, Path]) -> None:
+    runner = TorchRunner(folders["qwen3"], num_blocks=4)
+    for bad in (
+        chunk([1] * 17, 0, [0]),
+        chunk([1], 64, [0, 1, 2, 3]),
+        chunk([1], 0, [4]),
+        chunk([512], 0, [0]),
+        chunk([-1], 0, [0]),
+        chunk([], 0, [0]),
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            runner.execute(plan(bad))
+
+
+def test_chunks_without_a_draw_return_none(folders: dict[str, Path]) -> None:
+    runner = TorchRunner(folders["qwen3"], num_blocks=8)
+    first, second = chunk(IDS[:20], 0, [0, 1]), chunk(IDS[:5], 0, [2], Draw(SamplingParams(), 0, 0))
+    tokens = runner.execute(plan(first, second))
+    assert tokens[0] is None and tokens[1] is not None
+    assert runner.execute(plan(first)) == [None]

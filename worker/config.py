@@ -1,0 +1,56 @@
+"""Settings of a worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import click
+
+from qwire.service.config import ConfigError, setting, settings
+
+
+@settings
+class WorkerConfig:
+    """Run a model: take token ids from routers, batch them, stream generated ids back."""
+
+    model: Path = setting(
+        help="Folder with config.json, tokenizer.json and safetensors.",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+    )
+    served_model_name: str = setting("", help="The name that requests use; the folder's name if empty.")
+    listen: str = setting("127.0.0.1:50061", help="Address for routers: host:port or unix:path.")
+    insecure_bind: bool = setting(False, help="Allow an address that other machines can reach, without TLS.")
+    worker_id: str = setting("", help="Names the worker in placements and logs; host and process id if empty.")
+    dtype: str = setting(
+        "auto",
+        help="What to compute in; auto is the checkpoint's own.",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    )
+    kv_cache_mib: int = setting(1024, help="Memory for keys and values, in MiB.")
+    kv_blocks: int = setting(0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
+    block_size: int = setting(16, help="Positions in a KV block: a power of two up to 256.")
+    max_step_tokens: int = setting(512, help="Tokens that one step computes.")
+    max_running: int = setting(64, help="Sequences that run at once.")
+    max_waiting: int = setting(256, help="Requests that wait; one more is refused.")
+    threads: int = setting(0, help="Threads that compute; 0 leaves it to torch, which takes one a core.")
+    grace: float = setting(30.0, help="Seconds that running requests get when the worker is told to stop.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
+        for name in ("kv_blocks", "threads", "grace"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
+        if self.block_size < 1 or 256 % self.block_size:
+            raise ConfigError(f"--block-size: must be a power of two up to 256, not {self.block_size}")
+
+    @property
+    def name(self) -> str:
+        return self.served_model_name or self.model.resolve().name
+
+    @property
+    def id(self) -> str:
+        return self.worker_id or f"{socket.gethostname()}-{os.getpid()}"

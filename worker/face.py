@@ -1,0 +1,307 @@
+"""The worker's gRPC face: links of routers on one side, the engine on the other.
+
+Frames to a router pass through one bounded outbox a link; the engine's thread only hands its report to the event loop
+and goes on, so a router that reads slowly stalls its own link and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from qwire.errors import QwireError, Reason
+from qwire.service.status import not_in_this_release
+from qwire.v1 import worker_pb2 as pb
+from qwire.v1 import worker_pb2_grpc
+from worker.engine.engine import Engine, LoadReport, NeverFits, QueueFull, SequenceReport, StepReport
+from worker.engine.plan import SamplingParams
+from worker.engine.sequence import EndReason, Request
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+HEARTBEAT_SECONDS = 0.5
+OUTBOX_FRAMES = 1024
+"""Frames that wait for one router at most; a link that falls further behind is ended."""
+
+END_REASONS = {
+    EndReason.EOS: pb.END_REASON_EOS,
+    EndReason.STOP_TOKEN: pb.END_REASON_STOP_TOKEN,
+    EndReason.LENGTH: pb.END_REASON_LENGTH,
+}
+
+
+@dataclass(slots=True)
+class Link:
+    """One router's stream."""
+
+    number: int
+    router_id: str
+    live: set[int] = field(default_factory=set)
+    """Attempts that the engine has."""
+    submits_seen: int = 0
+    _outbox: deque[pb.ServeResponse] = field(default_factory=deque)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False
+    _error: Exception | None = None
+
+    def send(self, frame: pb.ServeResponse) -> None:
+        if len(self._outbox) < OUTBOX_FRAMES:
+            self._outbox.append(frame)
+            self._changed.set()
+        else:
+            self.end(
+                QwireError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"over {OUTBOX_FRAMES} frames wait for the router",
+                    reason=Reason.SLOW_READER,
+                )
+            )
+
+    def end(self, error: Exception | None = None) -> None:
+        """Lets `frames` finish: at once with an error, else after what is there already."""
+        self._ended, self._error = True, error
+        self._changed.set()
+
+    async def frames(self) -> AsyncIterator[pb.ServeResponse]:
+        """Frames to write, until the link is ended. Raises the error that it was ended with."""
+        while self._error is None:
+            if self._outbox:
+                yield self._outbox.popleft()
+            elif self._ended:
+                return
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+        raise self._error
+
+
+class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
+    """WorkerService over an engine. Built on the event loop that serves it; `attach` the engine before serving."""
+
+    def __init__(self, info: pb.WorkerInfo) -> None:
+        self.info = info
+        self.faulted = asyncio.Event()
+        """Set once a step has raised and every router was told."""
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[int, Link] = {}
+        self._numbers = itertools.count()
+        self._draining = False
+        self._engine: Engine
+
+    def attach(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # From the engine's thread.
+
+    def deliver(self, report: StepReport) -> None:
+        self._loop.call_soon_threadsafe(self._on_step, report)
+
+    def fault(self, keys: list[Hashable]) -> None:
+        self._loop.call_soon_threadsafe(self._on_fault, keys)
+
+    # The service.
+
+    async def GetWorkerInfo(self, request: pb.GetWorkerInfoRequest, context: Context) -> pb.GetWorkerInfoResponse:
+        return pb.GetWorkerInfoResponse(info=self.info)
+
+    def WatchCache(self, request: pb.WatchCacheRequest, context: Context) -> AsyncIterator[pb.WatchCacheResponse]:
+        raise not_in_this_release("WatchCache")
+
+    async def Serve(
+        self, request_iterator: AsyncIterator[pb.ServeRequest], context: Context
+    ) -> AsyncIterator[pb.ServeResponse]:
+        hello = await anext(request_iterator, None)
+        if hello is None or hello.WhichOneof("frame") != "hello":
+            raise QwireError(
+                grpc.StatusCode.INVALID_ARGUMENT, "the first frame must be hello", reason=Reason.INVALID_REQUEST
+            )
+        link = Link(next(self._numbers), hello.hello.router_id)
+        self._links[link.number] = link
+        log.info("router %s linked", link.router_id)
+        tasks = [
+            asyncio.create_task(self._read(link, request_iterator)),
+            asyncio.create_task(self._beat(link)),
+        ]
+        try:
+            yield pb.ServeResponse(welcome=pb.Welcome(info=self.info))
+            async for frame in link.frames():
+                yield frame
+        finally:
+            del self._links[link.number]
+            for task in tasks:
+                task.cancel()
+            self._engine.abort([(link.number, attempt) for attempt in sorted(link.live)])
+            log.info("link of router %s ended, %d attempts aborted", link.router_id, len(link.live))
+
+    async def drain(self, grace: float) -> None:
+        """Refuses new work, waits up to `grace` seconds for what runs, then ends all links."""
+        self._draining = True
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and any(link.live for link in self._links.values()):
+            await asyncio.sleep(0.05)
+        for link in self._links.values():
+            link.end()
+
+    async def _read(self, link: Link, requests: AsyncIterator[pb.ServeRequest]) -> None:
+        """Takes the router's frames until it ends the stream or breaks the rules; either ends the link."""
+        try:
+            async for request in requests:
+                self._take(link, request)
+        except QwireError as error:
+            link.end(error)
+        else:
+            link.end()
+
+    def _take(self, link: Link, request: pb.ServeRequest) -> None:
+        match request.WhichOneof("frame"):
+            case "submit":
+                self._submit(link, request.submit)
+            case "abort":
+                aborted = [attempt for attempt in request.abort.attempts if attempt in link.live]
+                link.live.difference_update(aborted)
+                self._engine.abort([(link.number, attempt) for attempt in aborted])
+            case frame:
+                raise QwireError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"a frame {frame or 'of no known kind'} has no place here",
+                    reason=Reason.INVALID_REQUEST,
+                )
+
+    async def _beat(self, link: Link) -> None:
+        while True:
+            heartbeat = pb.Heartbeat(
+                step_number=self._engine.steps,
+                ms_in_step=round(self._engine.seconds_in_step() * 1000),
+                load=_load(self._engine.load, link),
+            )
+            link.send(pb.ServeResponse(heartbeat=heartbeat))
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _submit(self, link: Link, submit: pb.Submit) -> None:
+        link.submits_seen += 1
+        reason: pb.RefusedReason.ValueType | None = None
+        if self._draining:
+            reason = pb.REFUSED_REASON_DRAINING
+        elif not self._valid(submit) or submit.attempt in link.live:
+            reason = pb.REFUSED_REASON_INVALID
+        else:
+            try:
+                self._engine.submit(self._request(link, submit))
+            except QueueFull:
+                reason = pb.REFUSED_REASON_QUEUE_FULL
+            except NeverFits:
+                reason = pb.REFUSED_REASON_TOO_LARGE
+        if reason is None:
+            link.live.add(submit.attempt)
+            link.send(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
+            return
+        refused = pb.Refused(attempt=submit.attempt, reason=reason)
+        if reason == pb.REFUSED_REASON_QUEUE_FULL:
+            refused.retry_after.FromMilliseconds(1000)
+        link.send(pb.ServeResponse(refused=refused))
+
+    def _valid(self, submit: pb.Submit) -> bool:
+        """Whether a submit is in the ranges that routers hold their requests to."""
+        vocab_size = self.info.model.vocab_size
+        generated = [choice.generated_ids for choice in submit.choices]
+        return (
+            len(submit.prompt_ids) > 0
+            and max(submit.prompt_ids) < vocab_size
+            and len(generated) <= 1
+            and all(len(ids) < submit.params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
+            and submit.params.max_tokens >= 1
+        )
+
+    def _request(self, link: Link, submit: pb.Submit) -> Request:
+        params = submit.params
+        return Request(
+            key=(link.number, submit.attempt),
+            prompt_ids=list(submit.prompt_ids),
+            generated_ids=list(submit.choices[0].generated_ids) if submit.choices else (),
+            sampling=SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed),
+            max_tokens=params.max_tokens,
+            eos_ids=frozenset(params.eos_token_ids),
+            stop_ids=frozenset(params.stop_token_ids),
+            prefix_root=submit.prefix_root,
+            use_prefix_cache=not submit.bypass_prefix_cache,
+            deadline=time.monotonic() + submit.remaining_ms / 1000 if submit.HasField("remaining_ms") else math.inf,
+        )
+
+    def _on_step(self, report: StepReport) -> None:
+        frames = {
+            number: pb.Step(number=report.number, load=_load(report.load, link)) for number, link in self._links.items()
+        }
+        for sequence in report.sequences:
+            number, attempt = _link_and_attempt(sequence.key)
+            link = self._links.get(number)
+            if link is None or attempt not in link.live:
+                continue  # aborted while the step ran
+            frames[number].sequences.append(_sequence_step(attempt, sequence))
+            if sequence.end is not None:
+                link.live.discard(attempt)
+        for number, frame in frames.items():
+            self._links[number].send(pb.ServeResponse(step=frame))
+        for key in report.expired:
+            number, attempt = _link_and_attempt(key)
+            if (link := self._links.get(number)) is not None and attempt in link.live:
+                link.live.discard(attempt)
+                link.send(pb.ServeResponse(failed=pb.Failed(attempt=attempt, reason=pb.FAILED_REASON_DEADLINE)))
+
+    def _on_fault(self, keys: list[Hashable]) -> None:
+        pairs = [_link_and_attempt(key) for key in keys]
+        for number, link in self._links.items():
+            attempts = [attempt for owner, attempt in pairs if owner == number and attempt in link.live]
+            link.send(pb.ServeResponse(fault=pb.Fault(attempts=attempts)))
+        self.faulted.set()
+
+
+def _link_and_attempt(key: Hashable) -> tuple[int, int]:
+    if not isinstance(key, tuple):
+        raise TypeError(f"not a key of this face: {key!r}")
+    number, attempt = key
+    return number, attempt
+
+
+def _load(load: LoadReport, link: Link) -> pb.Load:
+    return pb.Load(
+        running=load.running,
+        waiting=load.waiting,
+        waiting_prefill_tokens=load.waiting_prefill_tokens,
+        blocks_in_use=load.blocks_in_use,
+        blocks_cached=load.blocks_cached,
+        blocks_free=load.blocks_free,
+        submits_seen=link.submits_seen,
+    )
+
+
+def _sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
+    step = pb.SequenceStep(attempt=attempt, token_index=report.token_index, token_ids=report.token_ids)
+    if report.start is not None:
+        step.start.CopyFrom(
+            pb.SequenceStart(
+                cached_tokens=report.start.cached_tokens,
+                queue=_duration(report.start.queue_seconds),
+                prefill=_duration(report.start.prefill_seconds),
+            )
+        )
+    if report.end is not None:
+        step.end.reason = END_REASONS[report.end]
+    return step
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return duration

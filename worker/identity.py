@@ -1,0 +1,99 @@
+"""What a worker says of itself: the model it serves, and the id that equivalent workers share."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import uuid
+from pathlib import Path
+
+import torch
+
+from qwire.v1 import models_pb2
+from qwire.v1 import worker_pb2 as pb
+from worker.config import WorkerConfig
+from worker.model import ModelConfig
+from worker.model.digest import weights_digest
+from worker.runner.runner import TorchRunner
+
+REFERENCE_NUMERICS_VERSION = 1
+"""To be counted up whenever the reference kernels give other bits than before."""
+
+
+def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
+    """Reads the model's files once more for their digests. Raises ModelError."""
+    model = runner.config
+    dtype = str(runner.dtype).removeprefix("torch.")
+    tokenizer = _digest(config.model / "tokenizer.json")
+    fingerprint = _hash(weights_digest(config.model), _digest(config.model / "config.json"))
+    numerics = _hash(
+        fingerprint.hex(),
+        tokenizer,
+        f"dtype {dtype}",
+        "quantization none",
+        f"kv {dtype}",
+        f"backend reference {REFERENCE_NUMERICS_VERSION} torch {torch.__version__}",
+        f"isa {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "tp 1 pp 1",
+    )
+    capabilities = [models_pb2.CAPABILITY_GENERATE]
+    if has_chat_template(config.model):
+        capabilities.append(models_pb2.CAPABILITY_CHAT)
+    return pb.WorkerInfo(
+        worker_id=config.id,
+        boot_id=uuid.uuid4().hex,
+        model=models_pb2.ModelInfo(
+            name=config.name,
+            architecture=model.architecture,
+            context_length=min(model.max_positions, runner.num_blocks * runner.block_size),
+            vocab_size=model.vocab_size,
+            dtype=dtype,
+            quantization="none",
+            capabilities=capabilities,
+            default_sampling=default_sampling(model),
+            eos_token_ids=model.eos_token_ids,
+            tokenizer_digest=tokenizer,
+            numerics_id=numerics.hex(),
+        ),
+        block_size=runner.block_size,
+        num_blocks=runner.num_blocks,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        features=[pb.FEATURE_SAMPLING],
+        backend="reference",
+        model_fingerprint=fingerprint,
+        kv_dtype=dtype,
+    )
+
+
+def default_sampling(model: ModelConfig) -> models_pb2.DefaultSampling:
+    """What generation_config.json recommends; where it says nothing, plain sampling at temperature 1."""
+    given = model.default_sampling
+    temperature = 1.0 if given.temperature is None else given.temperature
+    return models_pb2.DefaultSampling(
+        temperature=0.0 if given.do_sample is False else temperature,
+        top_p=1.0 if given.top_p is None else given.top_p,
+        top_k=given.top_k or 0,
+        min_p=given.min_p or 0.0,
+        repetition_penalty=1.0,  # penalties are not in this release: a default could not be kept
+    )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the folder holds a chat template, by the two places where one may be."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (
+        config.exists() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    )
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file in hex; empty where there is none (a worker needs no tokenizer to serve token ids)."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(*parts: str) -> bytes:
+    return hashlib.sha256("\0".join(parts).encode()).digest()

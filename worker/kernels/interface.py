@@ -1,0 +1,136 @@
+"""What a backend computes, in which layout. Letters in shapes:
+
+    T  rows of the step: its tokens, padded with dummy rows to a multiple of `ROW_TILE`
+    S  rows to draw from        V  vocabulary       H  hidden size      D  head size
+    Q  query heads              K  key/value heads; Q is a multiple of K, query head q reads key/value head q // (Q / K)
+
+The promise every backend keeps: a row's bits depend on that row alone (and, in attention, on the keys and values of its
+own sequence), never on which rows share the call, on their number, on how a prompt was cut into chunks, on the block
+size or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+ROW_TILE = 32
+"""Callers pad T to a multiple of this: a matrix product over a fixed number of rows has bits that do not depend on
+the batch, and a product over one row would not be bit-equal to the same row among 32."""
+
+PreparedLinear: TypeAlias = Any
+"""A weight in the backend's own layout, from `Kernels.prepare_linear`; opaque to callers."""
+
+AttentionPlan: TypeAlias = Any
+"""A step's gather indexes, tiles and masks, from `Kernels.plan_attention`; opaque to callers."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """One layer's keys and values, each [K, blocks, block size, D], contiguous.
+
+    Position p of a sequence lies in block `table[p // block_size]` at offset `p % block_size`.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """Which positions of which sequences a step computes. The step's rows are the chunks' tokens, one after another."""
+
+    starts: npt.NDArray[np.int64]
+    """Position of each chunk's first token, [chunks]."""
+    lengths: npt.NDArray[np.int64]
+    """Tokens of each chunk, at least 1, [chunks]."""
+    block_tables: Sequence[npt.NDArray[np.int64]]
+    """Block ids of each chunk's sequence, in order, covering the chunk's last position."""
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each of S rows is drawn. Everything is [S]; see `Kernels.sample`."""
+
+    temperature: npt.NDArray[np.float32]
+    """0 is greedy."""
+    top_k: npt.NDArray[np.int64]
+    """0 keeps all."""
+    top_p: npt.NDArray[np.float64]
+    """In (0, 1]."""
+    min_p: npt.NDArray[np.float64]
+    """In [0, 1)."""
+    seed: npt.NDArray[np.uint64]
+    choice: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+
+
+class Kernels(Protocol):
+    """One backend. Weights and activations have the model's dtype unless a shape says otherwise."""
+
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
+        """Takes over `weight` [out, in] and `bias` [out] in whatever layout `linear` reads fastest."""
+        ...
+
+    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """[T, in] to [T, out]: x @ weight.T + bias."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (norm(x + residual) * weight, x + residual), both [T, H]; without `residual`, x itself is normed.
+
+        The norm is computed in float32: y / sqrt(mean(y²) + eps), rounded to the model's dtype, times the weight.
+        """
+        ...
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Norms (where weights [D] are given) and rotates queries and keys, writes keys and values to the cache.
+
+        `qkv` is [T, (Q + 2K) * D]: query heads, key heads, value heads. `cos` and `sin` are float32 [T, D / 2]; the
+        rotation pairs element i with i + D / 2. `slots` int64 [tokens] holds block * block size + offset of the first
+        `tokens` rows; dummy rows have none and are not written. Returns the queries, [T, Q, D].
+        """
+        ...
+
+    def plan_attention(self, batch: RaggedBatch, kv_heads: int, windows: Sequence[int | None]) -> AttentionPlan:
+        """Prepares what all layers of a step share. `windows` names each sliding window that a layer will ask for."""
+        ...
+
+    def paged_attention(self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None) -> Tensor:
+        """Causal attention over the cache for prefills, chunks and decodes in one call: [T, Q, D] to [T, Q * D].
+
+        A query at position p reads positions max(0, p - window + 1) to p of its sequence. Scale is D^-0.5; arithmetic
+        is float32. Dummy rows come back as zeros.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 * N], gate then up, to silu(gate) * up, [T, N]."""
+        ...
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Draws one id a row from float32 logits [S, V]; returns int64 [S].
+
+        Ids are ordered by logit / temperature, falling, ties by rising id. top_k keeps the first k of that order; top_p
+        the shortest run from its start whose probabilities (softmax over what top_k kept) sum to at least top_p; min_p
+        those at least min_p times as probable as the first. Of the ids left the one with the greatest logit /
+        temperature + Gumbel(id) wins (`worker.kernels.philox`), ties to the lower id. Temperature 0 takes the first.
+        """
+        ...

@@ -1,0 +1,19 @@
+"""Qwen models: configuration, layers, and loading from a folder of safetensors."""
+
+from worker.model.config import DefaultSampling, ModelConfig, RopeConfig
+from worker.model.digest import weights_digest
+from worker.model.errors import ModelError
+from worker.model.loader import load_model
+from worker.model.plan import Shard
+from worker.model.qwen import CausalLM
+
+__all__ = [
+    "CausalLM",
+    "DefaultSampling",
+    "ModelConfig",
+    "ModelError",
+    "RopeConfig",
+    "Shard",
+    "load_model",
+    "weights_digest",
+]

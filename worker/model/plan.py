@@ -1,0 +1,70 @@
+"""How weights are cut over tensor-parallel ranks and merged into layers; data that the loader applies.
+
+Names are checkpoint paths without the leading "model.", `*` stands for a layer's index.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from worker.model.errors import ModelError
+
+Style = Literal["colwise", "rowwise", "vocab", "replicated"]
+
+SHARDING: Final[Mapping[str, Style]] = MappingProxyType(
+    {
+        "embed_tokens": "vocab",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "lm_head": "vocab",
+    }
+)
+"""Style of each weight that ranks share out; every other one is whole on every rank. "colwise" and "vocab" split the
+output features (rows of the stored [out, in] weight), "rowwise" the input features (its columns)."""
+
+MERGED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+)
+"""Layers whose weight is several stored ones, stacked in this order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's place in a tensor-parallel group."""
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} is not in a group of {self.world}")
+
+    def local(self, units: int, what: str) -> int:
+        """How many of `units` (heads, features) a rank holds; fewer units than ranks are replicated, one a rank.
+
+        Raises ModelError where they do not divide.
+        """
+        if units % self.world and self.world % units:
+            raise ModelError(f"{what}: {units} cannot be shared out over {self.world} ranks")
+        return max(1, units // self.world)
+
+    def bounds(self, size: int, units: int, what: str) -> tuple[int, int]:
+        """This rank's (start, stop) of a dimension of `size` elements that holds `units` equal units."""
+        count = self.local(units, what)
+        first = self.rank * units // self.world
+        return first * (size // units), (first + count) * (size // units)
+
+
+def style_of(name: str) -> Style:
+    """The sharding style of a module named as in a checkpoint, e.g. "model.layers.3.mlp.up_proj"."""
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removeprefix("model."))
+    return SHARDING.get(pattern, "replicated")

@@ -1,0 +1,5 @@
+"""Runs the engine's steps on a model: KV tensors, batch metadata, one forward pass a step."""
+
+from worker.runner.runner import TorchRunner, kv_bytes_per_block
+
+__all__ = ["TorchRunner", "kv_bytes_per_block"]

@@ -1,0 +1,76 @@
+"""From a step plan to the arrays that kernels read. Plain numpy: torch's dispatch costs more than the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.engine.plan import Draw, StepPlan
+from worker.kernels import RaggedBatch, SamplingBatch
+from worker.kernels.interface import ROW_TILE
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """A step, row by row: its tokens in the order of the plan, then dummy rows up to a multiple of `ROW_TILE`."""
+
+    ids: npt.NDArray[np.int64]
+    """[rows]; dummies are id 0."""
+    positions: npt.NDArray[np.int64]
+    """[rows]; dummies are at position 0."""
+    slots: npt.NDArray[np.int64]
+    """[tokens]: block * block_size + offset of each token's key and value."""
+    last_rows: npt.NDArray[np.int64]
+    """[chunks]: the row of each chunk's last token."""
+    ragged: RaggedBatch
+
+
+def padded(count: int) -> int:
+    """The next multiple of `ROW_TILE`."""
+    return -(-count // ROW_TILE) * ROW_TILE
+
+
+def build_step(plan: StepPlan, num_blocks: int, block_size: int, max_positions: int, vocab_size: int) -> StepArrays:
+    """Raises ValueError for a plan that would read or write outside its blocks: an engine's bug."""
+    chunks = plan.chunks
+    lengths = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int64, len(chunks))
+    starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
+    tables = [np.asarray(chunk.block_table, np.int64) for chunk in chunks]
+    sizes = np.fromiter((len(table) for table in tables), np.int64, len(chunks))
+    ends = starts + lengths
+    if not len(chunks) or lengths.min() < 1 or starts.min() < 0:
+        raise ValueError("a step needs chunks of at least one token, at positions from 0")
+    if (ends > np.minimum(sizes * block_size, max_positions)).any():
+        raise ValueError(f"a chunk ends beyond its block table or the model's {max_positions} positions")
+    total = int(lengths.sum())
+    last_rows = np.cumsum(lengths) - 1
+    ids = np.zeros(padded(total), np.int64)
+    positions = np.zeros(padded(total), np.int64)
+    ids[:total] = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"a token id lies outside the vocabulary of {vocab_size}")
+    positions[:total] = np.arange(total) - np.repeat(last_rows + 1 - ends, lengths)
+    first_block = np.cumsum(sizes) - sizes
+    blocks = np.concatenate(tables)
+    if blocks.min() < 0 or blocks.max() >= num_blocks:
+        raise ValueError(f"a block table names a block outside the cache's {num_blocks}")
+    block_of = blocks[np.repeat(first_block, lengths) + positions[:total] // block_size]
+    slots = block_of * block_size + positions[:total] % block_size
+    return StepArrays(ids, positions, slots, last_rows, RaggedBatch(starts, lengths, tables, num_blocks, block_size))
+
+
+def build_sampling(draws: Sequence[Draw]) -> SamplingBatch:
+    """One row a draw."""
+    count = len(draws)
+    return SamplingBatch(
+        temperature=np.fromiter((draw.params.temperature for draw in draws), np.float32, count),
+        top_k=np.fromiter((draw.params.top_k for draw in draws), np.int64, count),
+        top_p=np.fromiter((draw.params.top_p for draw in draws), np.float64, count),
+        min_p=np.fromiter((draw.params.min_p for draw in draws), np.float64, count),
+        seed=np.fromiter((draw.params.seed for draw in draws), np.uint64, count),
+        choice=np.fromiter((draw.choice for draw in draws), np.int64, count),
+        position=np.fromiter((draw.position for draw in draws), np.int64, count),
+    )

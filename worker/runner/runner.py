@@ -1,0 +1,113 @@
+"""`TorchRunner`: the engine's `ModelRunner` over a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from worker.engine.plan import StepPlan
+from worker.kernels import Kernels, KVCache, ReferenceKernels
+from worker.model import ModelConfig, ModelError, load_model
+from worker.model.config import DTYPES
+from worker.model.qwen import StepInputs
+from worker.model.rope import rotation_table
+from worker.runner.batch import StepArrays, build_sampling, build_step, padded
+
+
+def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
+    """ "auto" is the checkpoint's own. Raises ModelError for an unknown name."""
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ModelError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    resolved: torch.dtype = getattr(torch, name)
+    return resolved
+
+
+def kv_bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:
+    """Bytes of cache that one block takes over all layers, keys and values; `dtype` as for `TorchRunner`."""
+    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return per_position * block_size * resolve_dtype(config, dtype).itemsize
+
+
+class TorchRunner:
+    """A model on this process's CPU with its paged KV cache. Not thread-safe: one step at a time.
+
+    Raises ModelError from the constructor for a folder that cannot be served.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: str = "auto",
+        kernels: Kernels | None = None,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1 or 256 % block_size:
+            raise ValueError(f"need at least one block, of a size that divides 256: got {num_blocks} of {block_size}")
+        self.config = ModelConfig.read(folder)
+        self.dtype = resolve_dtype(self.config, dtype)
+        self._num_blocks, self._block_size = num_blocks, block_size
+        self._kernels = kernels or ReferenceKernels()
+        # Longer sequences than the cache holds cannot come up.
+        self._max_positions = min(self.config.max_positions, num_blocks * block_size)
+        self._windows = tuple(dict.fromkeys(self.config.windows))
+        with torch.inference_mode():
+            self._model = load_model(folder, self.config, self._kernels, self.dtype)
+            self._cos, self._sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
+            shape = (self.config.num_kv_heads, num_blocks, block_size, self.config.head_dim)
+            # One a layer.
+            self.caches = tuple(
+                KVCache(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+                for _ in range(self.config.num_layers)
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    def execute(self, plan: StepPlan) -> list[int | None]:
+        """See `worker.engine.plan.ModelRunner.execute`."""
+        drawing = [index for index, chunk in enumerate(plan.chunks) if chunk.draw is not None]
+        with torch.inference_mode():
+            step = self._build(plan)
+            hidden = self._hidden(step)
+            if not drawing:
+                return [None] * len(plan.chunks)
+            logits = self._logits(hidden[torch.from_numpy(step.last_rows[drawing])])
+            sampling = build_sampling([chunk.draw for chunk in plan.chunks if chunk.draw is not None])
+            tokens = iter(self._kernels.sample(logits, sampling).tolist())
+        return [None if chunk.draw is None else next(tokens) for chunk in plan.chunks]
+
+    def forward_logits(self, plan: StepPlan) -> Tensor:
+        """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict
+        the token after each. Takes num_tokens * vocab * 4 bytes."""
+        with torch.inference_mode():
+            return self._logits(self._hidden(self._build(plan))[: plan.num_tokens])
+
+    def _build(self, plan: StepPlan) -> StepArrays:
+        return build_step(plan, self._num_blocks, self._block_size, self._max_positions, self.config.vocab_size)
+
+    def _hidden(self, step: StepArrays) -> Tensor:
+        positions = torch.from_numpy(step.positions)
+        inputs = StepInputs(
+            cos=self._cos[positions],
+            sin=self._sin[positions],
+            slots=torch.from_numpy(step.slots),
+            attention=self._kernels.plan_attention(step.ragged, self.config.num_kv_heads, self._windows),
+        )
+        hidden: Tensor = self._model(torch.from_numpy(step.ids), inputs, self.caches)
+        return hidden
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
+        full = rows.new_zeros(padded(count), rows.shape[1])
+        full[:count] = rows
+        return self._model.compute_logits(full)[:count]
