@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from tests.helpers.steps import greedy, table
+from tests.helpers.steps import greedy
 from worker.convert import ConvertError, convert_command, convert_gguf
 from worker.model import ModelConfig
 from worker.runner import TorchRunner
