@@ -9,30 +9,36 @@ from qwire.service.config import ConfigError, setting, settings
 class RouterConfig:
     """Serve clients: take generate streams, tokenize, dispatch to workers, stream tokens and text back."""
 
-    listen: str = setting("127.0.0.1:50051", help="Public address: host:port (port 0 takes a free one) or unix:path.")
-    admin_listen: str = setting("", help="Address of AdminService; empty serves none.")
-    insecure_bind: bool = setting(False, help="Allow an address that other machines can reach, without TLS.")
+    listen: str = setting(
+        default="127.0.0.1:50051", help="Public address: host:port (port 0 takes a free one) or unix:path."
+    )
+    admin_listen: str = setting(default="", help="Address of AdminService; empty serves none.")
+    insecure_bind: bool = setting(default=False, help="Allow an address that other machines can reach, without TLS.")
     worker: tuple[str, ...] = setting(help="A worker's gRPC target; repeatable.", multiple=True)
     tokenizer: str = setting(help="The tokenizer service's gRPC target.")
     fleet_secret: str = setting(
-        "", help="Shared by routers and workers of a fleet; keys the cache scopes.", secret=True
+        default="", help="Shared by routers and workers of a fleet; keys the cache scopes.", secret=True
     )
-    grace: float = setting(30.0, help="Seconds that running streams get when the router is told to stop.")
-    worker_wait: float = setting(10.0, help="Seconds that a call waits for a worker when none is ready.")
-    max_streams: int = setting(1024, help="Streams served at once; one more is refused RESOURCE_EXHAUSTED.")
-    max_request_bytes: int = setting(4 * 1024 * 1024, help="Size of a request message.")
-    max_pending_tokens: int = setting(4096, help="Tokens held for a client that doesn't read before its stream ends.")
-    write_timeout: float = setting(10.0, help="Seconds that one write to a client may be stuck before its stream ends.")
-    default_max_tokens: int = setting(4096, help="max_tokens where unset and the context has room.")
-    max_messages: int = setting(1024, help="Messages of a chat.")
-    max_tools: int = setting(128, help="Tools of a chat.")
-    max_stop_strings: int = setting(16, help="Stop strings of a request.")
-    max_stop_string_bytes: int = setting(256, help="UTF-8 bytes of one stop string.")
-    max_stop_token_ids: int = setting(64, help="Stop token ids of a request.")
-    max_choices: int = setting(16, help="Choices of a request.")
-    max_logprobs: int = setting(20, help="Alternatives of logprobs.")
-    max_logit_bias: int = setting(1024, help="Entries of logit_bias, and of allowed_token_ids.")
-    max_bad_words: int = setting(64, help="Bad words of a request.")
+    grace: float = setting(default=30.0, help="Seconds that running streams get when the router is told to stop.")
+    worker_wait: float = setting(default=10.0, help="Seconds that a call waits for a worker when none is ready.")
+    max_streams: int = setting(default=1024, help="Streams served at once; one more is refused RESOURCE_EXHAUSTED.")
+    max_request_bytes: int = setting(default=4 * 1024 * 1024, help="Size of a request message.")
+    max_pending_tokens: int = setting(
+        default=4096, help="Tokens held for a client that doesn't read before its stream ends."
+    )
+    write_timeout: float = setting(
+        default=10.0, help="Seconds that one write to a client may be stuck before its stream ends."
+    )
+    default_max_tokens: int = setting(default=4096, help="max_tokens where unset and the context has room.")
+    max_messages: int = setting(default=1024, help="Messages of a chat.")
+    max_tools: int = setting(default=128, help="Tools of a chat.")
+    max_stop_strings: int = setting(default=16, help="Stop strings of a request.")
+    max_stop_string_bytes: int = setting(default=256, help="UTF-8 bytes of one stop string.")
+    max_stop_token_ids: int = setting(default=64, help="Stop token ids of a request.")
+    max_choices: int = setting(default=16, help="Choices of a request.")
+    max_logprobs: int = setting(default=20, help="Alternatives of logprobs.")
+    max_logit_bias: int = setting(default=1024, help="Entries of logit_bias, and of allowed_token_ids.")
+    max_bad_words: int = setting(default=64, help="Bad words of a request.")
 
     def __post_init__(self) -> None:
         if not self.worker:

@@ -31,8 +31,8 @@ class ConfigError(Exception):
 
 
 def setting(
-    default: Any = dataclasses.MISSING,
     *,
+    default: Any = dataclasses.MISSING,
     help: str,  # noqa: A002 - named as click names it
     type: click.ParamType[Any] | type | None = None,  # noqa: A002
     multiple: bool = False,

@@ -35,10 +35,10 @@ class FakeRunner:
             tokens = []
             for position in range(end):
                 block, slot = divmod(position, self.block_size)
-                token = self.cache[chunk.block_table[block]][slot]
-                if token is None:
+                found = self.cache[chunk.block_table[block]][slot]
+                if found is None:
                     raise AssertionError(f"position {position} was never computed")
-                tokens.append(token)
+                tokens.append(found)
             drawn.append(None if chunk.draw is None else next_token(tokens, self.vocab_size))
         return drawn
 

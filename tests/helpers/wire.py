@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def varint(value: int) -> bytes:
     data = b""
@@ -14,3 +16,13 @@ def varint(value: int) -> bytes:
 def field_bytes(number: int, value: bytes) -> bytes:
     """A length-delimited field."""
     return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def raw_stream(channel: Any, method: str) -> Any:
+    """A server-streaming method over raw bytes, of either kind of channel."""
+    return channel.unary_stream(method)
+
+
+def raw_unary(channel: Any, method: str) -> Any:
+    """A unary method over raw bytes, of either kind of channel."""
+    return channel.unary_unary(method)

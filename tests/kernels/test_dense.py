@@ -72,12 +72,12 @@ def test_rope_and_cache(head_dim: int, kv_heads: int, group: int, norms: bool, t
     angles = torch.randn(32, half)
     cache = KVCache(torch.zeros(kv_heads, 4, 16, head_dim), torch.zeros(kv_heads, 4, 16, head_dim))
     slots = torch.randperm(64)[:tokens]
-    weights = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if norms else (None, None)
-    got = KERNELS.rope_and_cache(qkv, angles.cos(), angles.sin(), cache, slots, *weights, 1e-6)
+    query_norm, key_norm = (torch.rand(head_dim) + 0.5 if norms else None for _ in range(2))
+    got = KERNELS.rope_and_cache(qkv, angles.cos(), angles.sin(), cache, slots, query_norm, key_norm, 1e-6)
     heads = qkv.double().view(32, -1, head_dim)
     parts = [heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads]]
     rotated = []
-    for part, weight in zip(parts, weights, strict=True):
+    for part, weight in zip(parts, (query_norm, key_norm), strict=True):
         if weight is not None:
             part = part / (part.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
         turned = torch.view_as_complex(torch.stack((part[..., :half], part[..., half:]), -1).contiguous())

@@ -153,7 +153,7 @@ def test_shards_tile_the_weights(tmp_path: Path, world: int) -> None:
     for index, kind in enumerate(("weight", "bias")):
         query, kv = 256 // world, 64 // min(world, 2)
         for rank, merged in enumerate(gathered(f"{path}.self_attn.qkv_proj", index)):
-            q, k, v = merged.split((query, kv, kv) if world == 2 else (query, 32, 32))
+            q, k, v = torch.split(merged, [query, kv, kv] if world == 2 else [query, 32, 32])
             first = rank * 2 // world * 32
             assert torch.equal(q, whole[f"{path}.self_attn.q_proj.{kind}"][rank * query :][:query])
             assert torch.equal(k, whole[f"{path}.self_attn.k_proj.{kind}"][first:][: len(k)])

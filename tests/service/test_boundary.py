@@ -14,9 +14,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qwire.errors import QwireError, Reason
 from qwire.service.config import ConfigError
 from qwire.service.server import Listener, Server
+from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
-from tests.helpers.wire import field_bytes
+from tests.helpers.wire import field_bytes, raw_stream, raw_unary
 
 GENERATE = "/qwire.v1.GenerationService/Generate"
 LIST_MODELS = "/qwire.v1.ModelService/ListModels"
@@ -38,6 +39,15 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         if request.text == "flood":
             while True:
                 yield pb.GenerateResponse(delta=pb.Delta(text="x" * 65536))
+
+    async def GenerateOnce(self, request: Any, context: Any) -> Any:
+        raise not_in_this_release("GenerateOnce")
+
+    async def Embed(self, request: Any, context: Any) -> Any:
+        raise not_in_this_release("Embed")
+
+    async def Score(self, request: Any, context: Any) -> Any:
+        raise not_in_this_release("Score")
 
 
 @pytest.fixture
@@ -68,7 +78,7 @@ async def error_of(call: Any) -> QwireError:
     ],
 )
 async def test_malformed_bytes(channel: grpc.aio.Channel, data: bytes) -> None:
-    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(data))))
+    error = await error_of(anext(aiter(raw_stream(channel, GENERATE)(data))))
     assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.MALFORMED_MESSAGE)
 
 
@@ -76,31 +86,31 @@ async def test_unknown_fields_are_named(channel: grpc.aio.Channel) -> None:
     good = pb.GenerateRequest(text="x", stop=pb.StopOptions(max_tokens=1)).SerializeToString()
     nested = field_bytes(6, field_bytes(99, b"x"))
     message = field_bytes(5, field_bytes(1, field_bytes(98, b"y")))
-    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(good + field_bytes(97, b"z")))))
+    error = await error_of(anext(aiter(raw_stream(channel, GENERATE)(good + field_bytes(97, b"z")))))
     assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.UNKNOWN_FIELD)
     assert [violation.field for violation in error.violations] == ["#97"]
-    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(good + nested))))
+    error = await error_of(anext(aiter(raw_stream(channel, GENERATE)(good + nested))))
     assert [violation.field for violation in error.violations] == ["sampling.#99"]
-    error = await error_of(anext(aiter(channel.unary_stream(GENERATE)(message))))
+    error = await error_of(anext(aiter(raw_stream(channel, GENERATE)(message))))
     assert [violation.field for violation in error.violations] == ["chat.messages[0].#98"]
 
 
 async def test_unknown_methods(channel: grpc.aio.Channel) -> None:
     for method in ("/qwire.v1.GenerationService/Nope", "/nope.Nope/Nope"):
-        assert (await error_of(channel.unary_unary(method)(b""))).code is grpc.StatusCode.UNIMPLEMENTED
+        assert (await error_of(raw_unary(channel, method)(b""))).code is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_a_failing_handler_tells_nothing_of_itself(channel: grpc.aio.Channel) -> None:
-    error = await error_of(channel.unary_unary(LIST_MODELS)(b""))
+    error = await error_of(raw_unary(channel, LIST_MODELS)(b""))
     assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, Reason.INTERNAL)
-    stream = aiter(channel.unary_stream(GENERATE)(pb.GenerateRequest(text="fail").SerializeToString()))
+    stream = aiter(raw_stream(channel, GENERATE)(pb.GenerateRequest(text="fail").SerializeToString()))
     await anext(stream)
     error = await error_of(anext(stream))
     assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, Reason.INTERNAL)
 
 
 async def test_typed_errors_arrive_whole(channel: grpc.aio.Channel) -> None:
-    call = channel.unary_unary("/qwire.v1.ModelService/GetModel")(b"")
+    call = raw_unary(channel, "/qwire.v1.ModelService/GetModel")(b"")
     error = await error_of(call)
     assert (error.code, error.reason, error.retry_after) == (
         grpc.StatusCode.NOT_FOUND,
@@ -112,7 +122,7 @@ async def test_typed_errors_arrive_whole(channel: grpc.aio.Channel) -> None:
 
 
 async def test_a_reader_that_stops_reading_is_cut_off(channel: grpc.aio.Channel) -> None:
-    stream = channel.unary_stream(GENERATE)(pb.GenerateRequest(text="flood").SerializeToString())
+    stream = raw_stream(channel, GENERATE)(pb.GenerateRequest(text="flood").SerializeToString())
     await stream.read()
     await asyncio.sleep(1.5)
 
@@ -124,7 +134,7 @@ async def test_a_reader_that_stops_reading_is_cut_off(channel: grpc.aio.Channel)
 
 
 async def test_messages_over_the_limit(channel: grpc.aio.Channel) -> None:
-    error = await error_of(channel.unary_unary(LIST_MODELS)(b"x" * (2 << 20)))
+    error = await error_of(raw_unary(channel, LIST_MODELS)(b"x" * (2 << 20)))
     assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

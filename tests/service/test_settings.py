@@ -17,9 +17,9 @@ class Config:
     """A service."""
 
     target: tuple[str, ...] = setting(help="Targets.", multiple=True)
-    limit: int = setting(5, help="A limit.")
-    open: bool = setting(False, help="A switch.")
-    key: str = setting("", help="A key.", secret=True)
+    limit: int = setting(default=5, help="A limit.")
+    open: bool = setting(default=False, help="A switch.")
+    key: str = setting(default="", help="A key.", secret=True)
 
     def __post_init__(self) -> None:
         if self.limit < 0:

@@ -12,7 +12,7 @@ from qwire import Client, QwireError, Reason
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, tokenizer_pb2
 from tests.helpers.stacks import RunningStack
-from tests.helpers.wire import field_bytes
+from tests.helpers.wire import field_bytes, raw_stream, raw_unary
 
 
 def refused(client: Client, prompt: str | None = "x", **options: Any) -> QwireError:
@@ -66,7 +66,7 @@ def test_an_unknown_model(client: Client, name: str) -> None:
 
 def test_malformed_messages_and_unknown_fields(tiny: RunningStack) -> None:
     with grpc.insecure_channel(tiny.address) as channel:
-        call = channel.unary_stream("/qwire.v1.GenerationService/Generate")
+        call = raw_stream(channel, "/qwire.v1.GenerationService/Generate")
         for data, reason in (
             (b"\xff\xff", Reason.MALFORMED_MESSAGE),
             (field_bytes(3, b"\xff\xfe"), Reason.MALFORMED_MESSAGE),
@@ -77,7 +77,7 @@ def test_malformed_messages_and_unknown_fields(tiny: RunningStack) -> None:
             error = QwireError.from_rpc(caught.value)
             assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary("/qwire.v1.GenerationService/Nope")(b"")
+            raw_unary(channel, "/qwire.v1.GenerationService/Nope")(b"")
         assert QwireError.from_rpc(caught.value).code is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -101,7 +101,7 @@ def test_what_this_release_lacks_says_so(tiny: RunningStack) -> None:
 
 def test_large_messages(tiny: RunningStack) -> None:
     with grpc.insecure_channel(tiny.address, options=[("grpc.max_send_message_length", -1)]) as channel:
-        call = channel.unary_stream("/qwire.v1.GenerationService/Generate")
+        call = raw_stream(channel, "/qwire.v1.GenerationService/Generate")
         for size in (5, 100):
             with pytest.raises(grpc.RpcError) as caught:
                 next(call(field_bytes(3, b"x" * (size * 1024 * 1024))))

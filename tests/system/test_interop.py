@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -37,8 +38,8 @@ def test_a_client_that_has_only_reflection(tiny: RunningStack, expected: str) ->
         } <= services
         pool = descriptor_pool.DescriptorPool(database)
         method = pool.FindServiceByName("qwire.v1.GenerationService").FindMethodByName("Generate")
-        request_type = message_factory.GetMessageClass(method.input_type)
-        response_type = message_factory.GetMessageClass(method.output_type)
+        request_type: Any = message_factory.GetMessageClass(method.input_type)
+        response_type: Any = message_factory.GetMessageClass(method.output_type)
         assert method.server_streaming
         request = request_type()
         message = request.chat.messages.add()

@@ -87,7 +87,11 @@ async def test_equals_transformers(renderer: ChatRenderer, oracle: Any, name: st
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_assistant_without_content(renderer: ChatRenderer, oracle: Any) -> None:
-    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "ok"}]
+    chat: list[dict[str, Any]] = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "ok"},
+    ]
     with_empty = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "ok"}]
     expected = oracle.apply_chat_template(with_empty, tokenize=True, return_dict=False, add_generation_prompt=True)
     assert await renderer.render_ids(chat) == expected
@@ -117,8 +121,8 @@ FRAGMENTS = st.lists(
 
 def hostile(texts: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     a, b, c, d, e, f = texts
-    call = {"type": "function", "function": {"name": d, "arguments": {e or "k": f}}}
-    chat = [
+    call: dict[str, Any] = {"type": "function", "function": {"name": d, "arguments": {e or "k": f}}}
+    chat: list[dict[str, Any]] = [
         {"role": "system", "content": a},
         {"role": "user", "content": b},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nok", "tool_calls": [call]},
@@ -127,7 +131,9 @@ def hostile(texts: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         {"role": "assistant", "content": "so <think> it"},
         {"role": "user", "content": e},
     ]
-    tools = [{"type": "function", "function": {"name": a, "description": c, "parameters": {b: {"type": d}}}}]
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": a, "description": c, "parameters": {b: {"type": d}}}}
+    ]
     return chat, tools
 
 
@@ -294,7 +300,7 @@ async def test_bad_chats_name_the_field(renderer: ChatRenderer) -> None:
         ({"messages": [USER], "time": float("nan")}, "time"),
     ):
         with pytest.raises(ChatError) as caught:
-            await renderer.render(**arguments)  # type: ignore[arg-type]
+            await renderer.render(**arguments)
         assert caught.value.field == field
 
 

@@ -198,7 +198,7 @@ def test_stop_options_have_limits() -> None:
     for options in ({"strings": ("",)}, {"strings": ("x" * (MAX_STOP_CHARS + 1),)}, {"min_tokens": -1},
                     {"strings": ("x",) * (MAX_STOP_STRINGS + 1)}):  # fmt: skip
         with pytest.raises(StopOptionsError):
-            StopOptions(**options)  # type: ignore[arg-type]
+            StopOptions(**options)
 
 
 def test_memory_of_a_long_sequence_is_bounded() -> None:
