@@ -48,6 +48,15 @@ class PoolMachine(RuleBasedStateMachine):
         if not known and block not in self.contents:
             self.contents[block] = block_hash(number)
 
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), full=st.integers(0, 4))
+    def fork(self, data: st.DataObject, full: int) -> None:
+        parent = data.draw(st.sampled_from([table for table in self.tables if table]))
+        for block in parent[:full]:
+            self.pool.seal(block)
+        self.pool.acquire(parent[:full])
+        self.tables.append(parent[:full])
+
     @rule(numbers=st.lists(st.integers(0, 8), max_size=4))
     def hit(self, numbers: list[int]) -> None:
         blocks = self.pool.lookup([block_hash(number) for number in numbers])

@@ -6,7 +6,7 @@ Invariant: every block is in exactly one of three states.
 - cached: no sequence does, but its hash is known, so a new sequence with the same prefix can take it over as it is;
 - free: neither.
 
-A block is hashed once all of its positions are computed, and never written again while it has a hash: only hashed
+A block is full once all of its positions are computed, and is not written again while anyone refers to it. Only full
 blocks are ever shared, so no writable block is. All operations are O(1) a block.
 """
 
@@ -30,6 +30,7 @@ class BlockPool:
         self.block_size = block_size
         self._refs = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
+        self._full = [False] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         # A stack: the block freed last is reused first, its memory is the likeliest to be in the CPU's caches.
         self._free = list(reversed(range(num_blocks)))
@@ -68,10 +69,10 @@ class BlockPool:
         return sum(1 for block in blocks if self._refs[block] == 0)
 
     def acquire(self, blocks: Iterable[int]) -> None:
-        """Adds a reference to each of some hashed blocks."""
+        """Adds a reference to each of some full blocks, used or cached."""
         for block in blocks:
-            if self._hashes[block] is None:
-                raise ValueError(f"block {block} is not hashed and can't be shared")
+            if not self._full[block]:
+                raise ValueError(f"block {block} is not full and can't be shared")
             if self._refs[block] == 0:
                 del self._cached[block]
             self._refs[block] += 1
@@ -82,13 +83,18 @@ class BlockPool:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
         return [self._take() for _ in range(count)]
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """Says that a used block is fully computed and holds the content of `block_hash`.
-
-        Where another block is known under the hash already, this one stays private: block tables are never rewritten.
-        """
+    def seal(self, block: int) -> None:
+        """Says that a used block is full: from now on it is only read."""
         if self._refs[block] == 0:
             raise ValueError(f"block {block} is not used")
+        self._full[block] = True
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Seals a block, and has `lookup` find it under the hash of its content.
+
+        Where another block is found under the hash already, this one isn't: block tables are never rewritten.
+        """
+        self.seal(block)
         if block_hash in self._by_hash or self._hashes[block] is not None:
             return
         self._hashes[block] = block_hash
@@ -124,8 +130,10 @@ class BlockPool:
                 problems.append(f"block {block} is free and hashed")
             if block in cached and block_hash is None:
                 problems.append(f"block {block} is cached without a hash")
-            if refs > 1 and block_hash is None:
+            if refs > 1 and not self._full[block]:
                 problems.append(f"block {block} is shared and writable")
+            if block_hash is not None and not self._full[block]:
+                problems.append(f"block {block} is hashed and writable")
             if block_hash is not None and self._by_hash.get(block_hash) != block:
                 problems.append(f"block {block} is not found under its hash")
         if len(self._by_hash) != sum(1 for block_hash in self._hashes if block_hash is not None):
@@ -143,4 +151,5 @@ class BlockPool:
                 del self._by_hash[block_hash]
                 self._hashes[block] = None
         self._refs[block] = 1
+        self._full[block] = False
         return block

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from worker.engine.block_pool import BlockPool
-from worker.engine.plan import Clock, ModelRunner
-from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits, expired
+from worker.engine.plan import Clock, Drawn, ModelRunner
+from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from worker.engine.sequence import EndReason, Request, SequenceState
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class NeverFits(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a sequence began; reported with its first ids."""
+    """How a request began; reported with the first token of its first choice."""
 
     cached_tokens: int
     queue_seconds: float
@@ -45,9 +45,10 @@ class SequenceReport:
     """What one step brought to one sequence."""
 
     key: Hashable
+    choice: int
     token_index: int
-    """Index of the first of `token_ids` among the generated ids."""
-    token_ids: list[int]
+    """Index of `drawn` among the choice's generated ids."""
+    drawn: Drawn
     start: Start | None
     end: EndReason | None
 
@@ -74,7 +75,8 @@ class StepReport:
 
 @dataclass(slots=True)
 class _Inbox:
-    submits: deque[SequenceState] = field(default_factory=deque)
+    submits: deque[tuple[Request, float]] = field(default_factory=deque)
+    """With the time of arrival."""
     aborts: deque[Hashable] = field(default_factory=deque)
     stopping: bool = False
 
@@ -108,7 +110,8 @@ class Engine:
         self._fault = fault
         self._inbox = _Inbox()
         self._wake = threading.Condition()
-        self._sequences: dict[Hashable, SequenceState] = {}
+        self._requests: dict[Hashable, list[SequenceState]] = {}
+        """The sequences of each request that are not ended."""
         self._thread: threading.Thread | None = None
         self._step_started: float | None = None
         self._executing: list[SequenceState] = []
@@ -135,7 +138,7 @@ class Engine:
         with self._wake:
             if len(self.scheduler.waiting) + len(self._inbox.submits) >= self._max_waiting:
                 raise QueueFull
-            self._inbox.submits.append(SequenceState.of(request, self._clock()))
+            self._inbox.submits.append((request, self._clock()))
             self._wake.notify()
 
     def abort(self, keys: Iterable[Hashable]) -> None:
@@ -153,16 +156,16 @@ class Engine:
         """Takes in what arrived, runs one step, and returns its report; None if there was nothing to do."""
         now = self._clock()
         self._take_inbox()
-        late = expired(self._sequences.values(), now)
-        for sequence in late:
-            self._forget(sequence)
+        late = [key for key, sequences in self._requests.items() if sequences[0].request.deadline <= now]
+        for key in late:
+            self._drop(key)
         scheduled = self.scheduler.schedule(now)
         if not (scheduled.sequences or late or self._aborted_some):
             return None
         reports = self._execute(scheduled, now) if scheduled.sequences else []
         self._aborted_some = False
         self.load = self._count_load()
-        return StepReport(self.steps, reports, [sequence.request.key for sequence in late], self.load)
+        return StepReport(self.steps, reports, late, self.load)
 
     def _execute(self, scheduled: Scheduled, now: float) -> list[SequenceReport]:
         self._step_started, self._executing = now, scheduled.sequences
@@ -170,42 +173,63 @@ class Engine:
         self._step_started, self._executing = None, []
         self.steps += 1
         reports = []
-        for sequence, chunk, token in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
+        for sequence, chunk, tokens in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
             self.scheduler.computed(sequence, len(chunk.token_ids))
-            if token is not None:
-                reports.append(self._apply(sequence, token))
+            if tokens:
+                reports += self._apply(sequence, tokens)
         return reports
 
-    def _apply(self, sequence: SequenceState, token: int) -> SequenceReport:
-        """Adds a drawn token to its sequence, and ends the sequence if it is the last."""
+    def _apply(self, sequence: SequenceState, drawn: Sequence[Drawn]) -> list[SequenceReport]:
+        """Adds the first of the drawn tokens to its sequence; the others each begin a choice with the same prompt."""
         request = sequence.request
-        index = sequence.num_generated
-        sequence.tokens.append(token)
+        first, *others = drawn
         start = None
-        if index == len(request.generated_ids):
-            first = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
-            start = Start(sequence.cached_tokens, first - sequence.arrival, self._clock() - first)
-        end = sequence.end_reason()
-        if end is not None:
-            self._forget(sequence)
-        return SequenceReport(request.key, index, [token], start, end)
+        if sequence.choice == 0 and sequence.num_generated == len(request.choices[0]):
+            began = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
+            start = Start(sequence.cached_tokens, began - sequence.arrival, self._clock() - began)
+        forks = [sequence.fork(choice, token.token_id) for choice, token in enumerate(others, sequence.choice + 1)]
+        sequence.unborn = 0
+        sequence.tokens.append(first.token_id)
+        reports = [
+            SequenceReport(request.key, member.choice, member.num_generated - 1, token, None, member.end_reason())
+            for member, token in zip((sequence, *forks), drawn, strict=True)
+        ]
+        reports[0] = replace(reports[0], start=start)
+        self._requests[request.key] += forks
+        for fork in forks:
+            self.scheduler.fork(sequence, fork)
+        for member, report in zip((sequence, *forks), reports, strict=True):
+            if report.end is not None:
+                self._end(member)
+        return reports
 
     def _take_inbox(self) -> None:
         with self._wake:
             submits, aborts = self._inbox.submits, self._inbox.aborts
             self._inbox.submits, self._inbox.aborts = deque(), deque()
-            for sequence in submits:
-                self._sequences[sequence.request.key] = sequence
-                self.scheduler.add(sequence)
+            for request, arrival in submits:
+                sequences = SequenceState.of(request, arrival)
+                self._requests[request.key] = sequences
+                for sequence in sequences:
+                    self.scheduler.add(sequence)
         # Whoever aborts a request has submitted it before: its submit is in by now.
         for key in aborts:
-            if (aborted := self._sequences.get(key)) is not None:
-                self._forget(aborted)
+            if key in self._requests:
+                self._drop(key)
                 self._aborted_some = True
 
-    def _forget(self, sequence: SequenceState) -> None:
-        del self._sequences[sequence.request.key]
+    def _end(self, sequence: SequenceState) -> None:
+        """Takes out a sequence that has all of its tokens."""
         self.scheduler.remove(sequence)
+        siblings = self._requests[sequence.request.key]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.key]
+
+    def _drop(self, key: Hashable) -> None:
+        """Takes out all of a request."""
+        for sequence in self._requests.pop(key):
+            self.scheduler.remove(sequence)
 
     def _count_load(self) -> LoadReport:
         return LoadReport(
@@ -227,7 +251,7 @@ class Engine:
                     self._sleep()
         except Exception:
             log.exception("step %d raised; the process ends", self.steps + 1)
-            self._fault([sequence.request.key for sequence in self._executing])
+            self._fault(list(dict.fromkeys(sequence.request.key for sequence in self._executing)))
 
     def _sleep(self) -> None:
         """Waits for work; verifies the pool once if none comes for a while."""
