@@ -18,6 +18,11 @@ ERROR_DOMAIN = "qwire"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
+# Peers refuse trailing metadata of more than 8 KiB (grpc.max_metadata_size) and then see none of it. The message is in
+# there twice, once percent-encoded, and the details travel as base64.
+MAX_MESSAGE_BYTES = 1024
+MAX_VIOLATIONS_BYTES = 2048
+
 
 class Reason(StrEnum):
     """Why a call failed: `ErrorInfo.reason` under the domain "qwire". Stable; new ones may be added."""
@@ -72,7 +77,7 @@ class QwireError(Exception):
         message: what went wrong, for people.
         reason: one of `Reason`, or the server's own text where this client is older; empty if the error came from
             gRPC itself (no server, a cut connection).
-        violations: for INVALID_ARGUMENT, every wrong field.
+        violations: for INVALID_ARGUMENT, every wrong field, or the first ones where all would not fit an answer.
         retry_after: seconds after which trying again makes sense; None where it doesn't.
     """
 
@@ -85,11 +90,12 @@ class QwireError(Exception):
         violations: Sequence[FieldViolation] = (),
         retry_after: float | None = None,
     ) -> None:
+        message = _cut(message, MAX_MESSAGE_BYTES)
         super().__init__(f"{code.name}: {message}")
         self.code = code
         self.message = message
         self.reason = reason
-        self.violations = tuple(violations)
+        self.violations = _first_that_fit(violations)
         self.retry_after = retry_after
 
     @classmethod
@@ -146,6 +152,24 @@ class QwireError(Exception):
         if self.retry_after is not None:
             metadata.append((PUSHBACK_KEY, str(round(self.retry_after * 1000))))
         return tuple(metadata)
+
+
+def _cut(text: str, limit: int) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "..."
+
+
+def _first_that_fit(violations: Sequence[FieldViolation]) -> tuple[FieldViolation, ...]:
+    found: list[FieldViolation] = []
+    room = MAX_VIOLATIONS_BYTES
+    for violation in violations:
+        # One takes half of the room at most, so that a long one never leaves an answer without any.
+        shown = FieldViolation(_cut(violation.field, 256), _cut(violation.description, MAX_VIOLATIONS_BYTES // 2 - 256))
+        room -= len(shown.field.encode()) + len(shown.description.encode()) + 8  # 8: tags and lengths
+        if room < 0:
+            break
+        found.append(shown)
+    return tuple(found)
 
 
 def _parts(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, Iterable[tuple[str, str | bytes]]]:

@@ -75,16 +75,28 @@ async def serve(config: RouterConfig) -> int:
     background = [asyncio.create_task(link.run()) for link in links]
     background.append(asyncio.create_task(tokenizer.run()))
     background.append(asyncio.create_task(_follow_health(fleet, servers)))
+    stopping = asyncio.Event()
+    broken: list[BaseException] = []
+
+    def on_done(task: asyncio.Task[None]) -> None:
+        # A router whose link nobody tends any more would look well and serve nothing.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("a link broke; the process ends", exc_info=error)
+            broken.append(error)
+            stopping.set()
+
+    for task in background:
+        task.add_done_callback(on_done)
     for server in servers:
         await server.start()
-    await until_signal()
+    await until_signal(stopping)
     log.info("draining: %d streams have up to %g s", generation.active_streams, config.grace)
     await asyncio.gather(*(server.stop(config.grace) for server in servers))
     for task in background:
         task.cancel()
     await asyncio.gather(*background, return_exceptions=True)
     await tokenizer.close()
-    return 0
+    return 1 if broken else 0
 
 
 async def _follow_health(fleet: Fleet, servers: list[Server]) -> None:

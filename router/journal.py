@@ -67,7 +67,7 @@ class Journal:
         self.worker = ""
         """Id of the worker that runs it."""
         self.ids: list[int] = []
-        """Every id received, those after a stop string too."""
+        """Every id received until the stream was settled, those after a stop string in the same step too."""
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = clock
         self._times = _Times(arrival)
@@ -89,10 +89,12 @@ class Journal:
 
     def receive(self, step: worker_pb2.SequenceStep) -> list[tokenizer_pb2.DetokenizeRequest]:
         """Takes in new ids; returns what the detokenizer is to be told. Raises IndexGap."""
-        if step.token_index != len(self.ids):
-            raise IndexGap(f"ids from index {step.token_index} on, {len(self.ids)} were there")
+        # First, because nothing is kept any more: the worker goes on until the client has taken what it is owed and the
+        # attempt is released, which may be many steps later.
         if self._settled:
             return []
+        if step.token_index != len(self.ids):
+            raise IndexGap(f"ids from index {step.token_index} on, {len(self.ids)} were there")
         now = self._clock()
         if step.HasField("start"):
             self._times.start.CopyFrom(step.start)
@@ -117,6 +119,7 @@ class Journal:
             self._changed.set()
         if not self.admitted.done():
             self.admitted.set_exception(error)
+            self.admitted.exception()  # or asyncio complains where the stream ends before anyone waits for it
 
     # From the tokenizer link.
 
@@ -191,6 +194,7 @@ class Journal:
         text = text if self.spec.want_text else ""
         if not (ids or text):
             return
+        unread = self._pending is not None
         if self._pending is None:
             self._pending = pb.Delta(choice=0, token_index=self._delivered, text_offset=self._text_bytes)
         if self.spec.want_ids:
@@ -198,7 +202,8 @@ class Journal:
         self._pending.text += text
         self._delivered = max(self._delivered, consumed)
         self._text_bytes += len(text.encode())
-        if self._delivered - self._pending.token_index > self.spec.max_pending_tokens:
+        # Many ids at once, from a tokenizer service that was away for a while, are not the reader's fault.
+        if ids and unread and self._delivered - self._pending.token_index > self.spec.max_pending_tokens:
             self.fail(
                 QwireError(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,

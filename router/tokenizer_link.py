@@ -22,6 +22,7 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Ids of a prompt take up to four times the bytes of its text, and a rendered chat carries both."""
 OUTBOX_MESSAGES = 65_536
+"""Messages that may wait before streams are failed. Closing a sequence is never refused: it was opened before."""
 RECONNECT_SECONDS = 0.1
 
 
@@ -40,22 +41,23 @@ class TokenizerLink:
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
         self._target = target
         self._journals: dict[int, Journal] = {}
-        self._outbox: asyncio.Queue[pb.DetokenizeRequest] | None = None
+        self._outbox: asyncio.Queue[pb.DetokenizeRequest | None] | None = None
 
     async def run(self) -> None:
         """Opens the Detokenize stream, and again whenever it ends, until cancelled."""
         while True:
-            self._outbox = asyncio.Queue(OUTBOX_MESSAGES)
+            outbox = self._outbox = asyncio.Queue()
             for journal in self._journals.values():
                 self.send(journal.open_requests())
             try:
-                async for response in self.stub.Detokenize(self._requests(self._outbox), wait_for_ready=True):
+                async for response in self.stub.Detokenize(self._requests(outbox), wait_for_ready=True):
                     for piece in response.pieces:
                         if (journal_or_none := self._journals.get(piece.sequence)) is not None:
                             journal_or_none.take_piece(piece)
             except grpc.aio.AioRpcError as error:
                 log.warning("detokenize stream to %s ended: %s", self._target, error.code().name)
             self._outbox = None
+            outbox.put_nowait(None)
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def close(self) -> None:
@@ -76,16 +78,19 @@ class TokenizerLink:
         the state of every sequence."""
         if self._outbox is None:
             return
-        try:
+        if self._outbox.qsize() < OUTBOX_MESSAGES or all(request.HasField("close") for request in requests):
             self._outbox.put_nowait(pb.DetokenizeRequest(batch=pb.DetokenizeBatch(requests=requests)))
-        except asyncio.QueueFull:
-            for request in requests:
-                if (journal := self._journals.get(request.push.sequence)) is not None:
-                    journal.fail(tokenizer_unavailable())
+            return
+        for request in requests:
+            sequence = request.open.sequence or request.push.sequence
+            if (journal := self._journals.get(sequence)) is not None:
+                journal.fail(tokenizer_unavailable())
 
-    async def _requests(self, outbox: asyncio.Queue[pb.DetokenizeRequest]) -> AsyncIterator[pb.DetokenizeRequest]:
-        while True:
-            yield await outbox.get()
+    async def _requests(
+        self, outbox: asyncio.Queue[pb.DetokenizeRequest | None]
+    ) -> AsyncIterator[pb.DetokenizeRequest]:
+        while (request := await outbox.get()) is not None:  # None ends grpc's task that would wait here for ever
+            yield request
 
 
 async def relay(call: Awaitable[T]) -> T:
@@ -98,6 +103,12 @@ async def relay(call: Awaitable[T]) -> T:
             raise failed from None
         if failed.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise QwireError(failed.code, "the deadline passed", reason=Reason.DEADLINE) from None
+        if failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own answer to a message over the limit
+            raise QwireError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"the request or its answer is over {MAX_MESSAGE_BYTES} bytes between router and tokenizer service",
+                reason=Reason.INVALID_REQUEST,
+            ) from None
         raise tokenizer_unavailable() from None
 
 

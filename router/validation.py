@@ -24,6 +24,10 @@ MAX_REQUEST_ID = 128
 MAX_TEMPERATURE = 100.0
 MAX_SCOPE_BYTES = 128
 MAX_TEMPLATE_ARGUMENTS_BYTES = 16 * 1024
+MAX_TOOL_CALLS = 128
+"""Of one message."""
+MAX_VIOLATIONS = 64
+"""Checks of lists end after so many: a request can hold a million wrong things, and an answer can't."""
 PRINTABLE = frozenset(string.printable) - frozenset(string.whitespace)
 
 
@@ -34,6 +38,10 @@ class Violations:
     wrong: list[FieldViolation] = field(default_factory=list)
     absent: list[FieldViolation] = field(default_factory=list)
     """Fields that this release doesn't have."""
+
+    @property
+    def full(self) -> bool:
+        return len(self.wrong) >= MAX_VIOLATIONS
 
     def add(self, name: str, description: str) -> None:
         self.wrong.append(FieldViolation(name, description))
@@ -94,6 +102,8 @@ def check_chat(chat: tokenizer_pb2.Chat, config: RouterConfig, found: Violations
     if len(chat.tools) > config.max_tools:
         found.add(f"{path}.tools", f"must be at most {config.max_tools}, not {len(chat.tools)}")
     for index, message in enumerate(chat.messages[: config.max_messages]):
+        if found.full:
+            break
         _check_message(message, f"{path}.messages[{index}]", found)
     for index, tool in enumerate(chat.tools[: config.max_tools]):
         if not tool.name:
@@ -124,7 +134,9 @@ def _check_message(message: tokenizer_pb2.Message, path: str, found: Violations)
         found.add(f"{path}.tool_call_id", "belongs to tool messages")
     if message.HasField("reasoning_content") and message.role != assistant:
         found.add(f"{path}.reasoning_content", "belongs to assistant messages")
-    for index, call in enumerate(message.tool_calls):
+    if len(message.tool_calls) > MAX_TOOL_CALLS:
+        found.add(f"{path}.tool_calls", f"must be at most {MAX_TOOL_CALLS}, not {len(message.tool_calls)}")
+    for index, call in enumerate(message.tool_calls[:MAX_TOOL_CALLS]):
         if not call.name:
             found.add(f"{path}.tool_calls[{index}].name", "must not be empty")
         _check_json_object(call.arguments_json, f"{path}.tool_calls[{index}].arguments_json", found)
@@ -210,7 +222,7 @@ def check_prompt(request: pb.GenerateRequest, prompt_ids: list[int], model: mode
     given_ids = request.WhichOneof("input") == "token_ids"
     where = {"text": "text", "chat": "chat", "token_ids": "token_ids.ids"}[request.WhichOneof("input") or "text"]
     if given_ids:
-        for index, token in enumerate(prompt_ids):
+        for index, token in enumerate(prompt_ids[: model.context_length]):
             if token >= model.vocab_size:
                 found.add(
                     f"token_ids.ids[{index}]", f"must be below the vocabulary size {model.vocab_size}, not {token}"

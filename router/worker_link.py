@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 OUTBOX_FRAMES = 4096
-"""Frames that wait for the worker at most; a link that falls further behind is cut."""
+"""Frames that may wait for the worker before submits are refused."""
 RECONNECT_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 WORKER_REFUSED_RETRY_SECONDS = 1.0
 
@@ -45,7 +45,8 @@ class WorkerLink:
         self._detokenize = detokenize
         self._journals: dict[int, Journal] = {}
         self._attempts = itertools.count(1)
-        self._outbox: asyncio.Queue[pb.ServeRequest] = asyncio.Queue(OUTBOX_FRAMES)
+        # Not bounded by itself, so that an abort is never lost: there is one at most for each submit, and those are.
+        self._outbox: asyncio.Queue[pb.ServeRequest | None] = asyncio.Queue()
 
     @property
     def streams(self) -> int:
@@ -70,41 +71,41 @@ class WorkerLink:
             await asyncio.sleep(RECONNECT_SECONDS[min(failures, len(RECONNECT_SECONDS) - 1)])
 
     def submit(self, journal: Journal, submit: pb.Submit) -> int:
-        """Places a request here; returns the number of the attempt. Raises QwireError where the link is down."""
+        """Places a request here; returns the number of the attempt. Raises QwireError where the link is down or the
+        worker doesn't read it."""
         if not self.ready or self.info is None:
             raise worker_lost()
-        attempt = next(self._attempts)
-        submit.attempt = attempt
-        self._journals[attempt] = journal
-        journal.submitted(self.info.worker_id)
-        self._send(pb.ServeRequest(submit=submit))
-        return attempt
-
-    def release(self, attempt: int, *, finished: bool) -> None:
-        """Forgets an attempt, and stops it at the worker unless it is finished there."""
-        if self._journals.pop(attempt, None) is not None and not finished and self.ready:
-            self._send(pb.ServeRequest(abort=pb.Abort(attempts=[attempt])))
-
-    def _send(self, frame: pb.ServeRequest) -> None:
-        try:
-            self._outbox.put_nowait(frame)
-        except asyncio.QueueFull:
+        if self._outbox.qsize() >= OUTBOX_FRAMES:
             raise QwireError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "the worker doesn't take requests as fast as they come",
                 reason=Reason.OVERLOADED,
                 retry_after=WORKER_REFUSED_RETRY_SECONDS,
-            ) from None
+            )
+        attempt = next(self._attempts)
+        submit.attempt = attempt
+        self._journals[attempt] = journal
+        journal.submitted(self.info.worker_id)
+        self._outbox.put_nowait(pb.ServeRequest(submit=submit))
+        return attempt
+
+    def release(self, attempt: int, *, finished: bool) -> None:
+        """Forgets an attempt, and stops it at the worker unless it is finished there."""
+        if self._journals.pop(attempt, None) is not None and not finished:
+            self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(attempts=[attempt])))
 
     async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
-        self._outbox = asyncio.Queue(OUTBOX_FRAMES)
-        async for frame in stub.Serve(self._frames(self._outbox)):
-            self._take(frame)
+        outbox = self._outbox = asyncio.Queue()
+        try:
+            async for frame in stub.Serve(self._frames(outbox)):
+                self._take(frame)
+        finally:
+            outbox.put_nowait(None)
 
-    async def _frames(self, outbox: asyncio.Queue[pb.ServeRequest]) -> AsyncIterator[pb.ServeRequest]:
+    async def _frames(self, outbox: asyncio.Queue[pb.ServeRequest | None]) -> AsyncIterator[pb.ServeRequest]:
         yield pb.ServeRequest(hello=pb.Hello(router_id=self._router_id))
-        while True:
-            yield await outbox.get()
+        while (frame := await outbox.get()) is not None:  # None ends grpc's task that would wait here for ever
+            yield frame
 
     def _take(self, frame: pb.ServeResponse) -> None:
         match frame.WhichOneof("frame"):
@@ -120,6 +121,8 @@ class WorkerLink:
                 if (journal := self._journals.get(frame.admitted.attempt)) and not journal.admitted.done():
                     journal.admitted.set_result(None)
             case "refused":
+                if frame.refused.reason == pb.REFUSED_REASON_DRAINING:
+                    self._set_ready(False)  # what runs there goes on; what is new waits until it is linked again
                 if journal := self._journals.pop(frame.refused.attempt, None):
                     journal.fail(_refusal(frame.refused))
             case "failed":
@@ -129,6 +132,7 @@ class WorkerLink:
                     )
             case "fault":
                 log.error("worker at %s failed in a step of %d requests", self.target, len(frame.fault.attempts))
+                self._set_ready(False)
             case unknown:
                 log.error("worker at %s sent a frame of no known kind: %s", self.target, unknown)
 

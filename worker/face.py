@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from qwire.errors import QwireError, Reason
+from qwire.prefix import HASH_BYTES
 from qwire.service.status import not_in_this_release
 from qwire.v1 import worker_pb2 as pb
 from qwire.v1 import worker_pb2_grpc
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 HEARTBEAT_SECONDS = 0.5
+LAST_FRAMES_SECONDS = 1.0
+"""For routers to read what is in their outboxes when the worker stops."""
 OUTBOX_FRAMES = 1024
 """Frames that wait for one router at most; a link that falls further behind is ended."""
 
@@ -122,6 +125,8 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
     async def Serve(
         self, request_iterator: AsyncIterator[pb.ServeRequest], context: Context
     ) -> AsyncIterator[pb.ServeResponse]:
+        if self._draining:
+            raise QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
         hello = await anext(request_iterator, None)
         if hello is None or hello.WhichOneof("frame") != "hello":
             raise QwireError(
@@ -146,20 +151,27 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             log.info("link of router %s ended, %d attempts aborted", link.router_id, len(link.live))
 
     async def drain(self, grace: float) -> None:
-        """Refuses new work, waits up to `grace` seconds for what runs, then ends all links."""
+        """Refuses new work, waits up to `grace` seconds for what runs, then ends all links. A fault ends it early."""
         self._draining = True
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and any(link.live for link in self._links.values()):
+
+        def busy() -> bool:
+            return not self.faulted.is_set() and any(link.live for link in self._links.values())
+
+        while busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for link in self._links.values():
             link.end()
+        deadline = time.monotonic() + LAST_FRAMES_SECONDS
+        while self._links and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
     async def _read(self, link: Link, requests: AsyncIterator[pb.ServeRequest]) -> None:
         """Takes the router's frames until it ends the stream or breaks the rules; either ends the link."""
         try:
             async for request in requests:
                 self._take(link, request)
-        except QwireError as error:
+        except Exception as error:  # whatever it is: a link that nobody reads must not stay up
             link.end(error)
         else:
             link.end()
@@ -196,6 +208,8 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             reason = pb.REFUSED_REASON_DRAINING
         elif not self._valid(submit) or submit.attempt in link.live:
             reason = pb.REFUSED_REASON_INVALID
+        elif len(submit.prompt_ids) + submit.params.max_tokens > self.info.model.context_length:
+            reason = pb.REFUSED_REASON_TOO_LARGE
         else:
             try:
                 self._engine.submit(self._request(link, submit))
@@ -213,15 +227,20 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         link.send(pb.ServeResponse(refused=refused))
 
     def _valid(self, submit: pb.Submit) -> bool:
-        """Whether a submit is in the ranges that routers hold their requests to."""
+        """Whether a submit is in the ranges that routers hold their requests to. Others could fail a whole step."""
         vocab_size = self.info.model.vocab_size
+        params = submit.params
         generated = [choice.generated_ids for choice in submit.choices]
         return (
             len(submit.prompt_ids) > 0
             and max(submit.prompt_ids) < vocab_size
             and len(generated) <= 1
-            and all(len(ids) < submit.params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
-            and submit.params.max_tokens >= 1
+            and all(len(ids) < params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
+            and params.max_tokens >= 1
+            and (submit.bypass_prefix_cache or len(submit.prefix_root) == HASH_BYTES)
+            and 0 <= params.temperature < math.inf
+            and 0 < params.top_p <= 1
+            and 0 <= params.min_p < 1
         )
 
     def _request(self, link: Link, submit: pb.Submit) -> Request:
@@ -260,6 +279,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
                 link.send(pb.ServeResponse(failed=pb.Failed(attempt=attempt, reason=pb.FAILED_REASON_DEADLINE)))
 
     def _on_fault(self, keys: list[Hashable]) -> None:
+        self._draining = True  # nothing runs any more; what comes until the process ends must not be admitted
         pairs = [_link_and_attempt(key) for key in keys]
         for number, link in self._links.items():
             attempts = [attempt for owner, attempt in pairs if owner == number and attempt in link.live]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -25,6 +25,41 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Deserializer = Callable[[bytes], Any]
 
+SEARCHED_FIELDS = 10_000
+"""Fields and messages of a request that are looked at to name those that are unknown."""
+
+
+class OpenEndedCalls:
+    """Calls that end only when the caller wants: health's Watch, and those that stream requests. A server that stops
+    would wait for them in vain, so it ends them itself."""
+
+    def __init__(self) -> None:
+        self._scopes: set[asyncio.Timeout] = set()
+        self._ended = False
+
+    def end(self) -> None:
+        """Ends them all UNAVAILABLE, and those that are still to come."""
+        self._ended = True
+        for scope in self._scopes:
+            scope.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        """Encloses such a call."""
+        stopping = QwireError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down", reason=Reason.DRAINING)
+        if self._ended:
+            raise stopping
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._scopes.add(scope)
+                try:
+                    yield
+                finally:
+                    self._scopes.discard(scope)
+        except TimeoutError:
+            raise (stopping if scope.expired() else TimeoutError) from None
+
 
 class BoundaryInterceptor(grpc.aio.ServerInterceptor):
     """Parses requests, refuses unknown fields, bounds writes, and turns exceptions into statuses.
@@ -33,6 +68,7 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, write_timeout: float) -> None:
+        self.open_ended = OpenEndedCalls()
         self._write_timeout = write_timeout
 
     async def intercept_service(
@@ -43,7 +79,7 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None  # grpc answers UNIMPLEMENTED
-        guard = _Guard(handler_call_details.method, handler, self._write_timeout)
+        guard = _Guard(handler_call_details.method, handler, self._write_timeout, self.open_ended)
         serialize = handler.response_serializer
         match handler.request_streaming, handler.response_streaming:
             case True, True:
@@ -59,12 +95,13 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
 class _Guard:
     """One method's behaviour over raw bytes."""
 
-    def __init__(self, method: str, handler: Any, write_timeout: float) -> None:
+    def __init__(self, method: str, handler: Any, write_timeout: float, open_ended: OpenEndedCalls) -> None:
         self._method = method
         self._behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         self._request_streaming = handler.request_streaming
         self._parse = _parser(handler.request_deserializer)
         self._write_timeout = write_timeout
+        self._open_ended = open_ended
 
     async def unary(self, request: Any, context: Context) -> Any:
         try:
@@ -76,16 +113,23 @@ class _Guard:
         try:
             result = self._behaviour(self._prepare(request), context)
             if inspect.isawaitable(result):  # a handler that writes by itself: health's Watch
-                await result
-                return
-            async with aclosing(result) as messages:
-                async for message in messages:
-                    await self._write(context, message)
+                async with self._open_ended.call():
+                    await result
+            elif self._request_streaming:
+                async with self._open_ended.call():
+                    await self._write_all(context, result)
+            else:
+                await self._write_all(context, result)
         except Exception as error:
             await self._end(context, error)
 
     def _prepare(self, request: Any) -> Any:
         return _parse_each(request, self._parse) if self._request_streaming else self._parse(request)
+
+    async def _write_all(self, context: Context, result: Any) -> None:
+        async with aclosing(result) as messages:
+            async for message in messages:
+                await self._write(context, message)
 
     async def _write(self, context: Context, message: Any) -> None:
         try:
@@ -108,19 +152,24 @@ class _Guard:
         await context.abort(error.code, error.message, error.trailing_metadata())
 
 
-def unknown_fields(message: Message, path: str = "") -> list[str]:
-    """Paths of fields in `message` that its type doesn't have, such as `sampling.#99`."""
+def unknown_fields(message: Message, path: str = "", budget: Iterator[int] | None = None) -> Iterator[str]:
+    """Paths of fields in `message` that its type doesn't have, such as `sampling.#99`.
+
+    Looks at the first thousands of fields and messages: there may be millions, and the event loop waits.
+    """
+    budget = iter(range(SEARCHED_FIELDS)) if budget is None else budget
     prefix = f"{path}." if path else ""
-    found = [f"{prefix}#{field.field_number}" for field in UnknownFieldSet(message)]  # type: ignore[attr-defined]
+    unknown: Iterable[Any] = UnknownFieldSet(message)  # type: ignore[assignment]
+    for _, field in zip(budget, unknown, strict=False):
+        yield f"{prefix}#{field.field_number}"
     for descriptor, value in message.ListFields():
         if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
             continue
         if isinstance(value, Message):
-            found += unknown_fields(value, prefix + descriptor.name)
+            yield from unknown_fields(value, prefix + descriptor.name, budget)
         else:
-            for index, item in enumerate(value):
-                found += unknown_fields(item, f"{prefix}{descriptor.name}[{index}]")
-    return found
+            for _, (index, item) in zip(budget, enumerate(value), strict=False):
+                yield from unknown_fields(item, f"{prefix}{descriptor.name}[{index}]", budget)
 
 
 def _parser(deserialize: Deserializer) -> Deserializer:

@@ -25,6 +25,9 @@ from qwire.service.interceptors import BoundaryInterceptor
 
 log = logging.getLogger(__name__)
 
+LAST_NEWS_SECONDS = 0.1
+"""For those who watch a server's health to read NOT_SERVING before it ends their streams."""
+
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 # Noticing a stopped peer takes the ping timeout (60 s by default), whatever the keepalive timeout says. The option's
@@ -93,8 +96,10 @@ class Server:
         self._names: list[str] = [HEALTH_SERVICE, reflection.SERVICE_NAME]
         self._locks = AsyncExitStack()
         self.health = HealthServicer()
+        boundary = BoundaryInterceptor(write_timeout)
+        self._open_ended = boundary.open_ended
         self.grpc = grpc.aio.server(
-            interceptors=[BoundaryInterceptor(write_timeout)],
+            interceptors=[boundary],
             options=[
                 *SERVER_OPTIONS,
                 ("grpc.max_receive_message_length", max_message_bytes),
@@ -135,8 +140,9 @@ class Server:
             await self.health.set(name, status)
 
     async def stop(self, grace: float) -> None:
-        """Turns health NOT_SERVING, takes no new calls, gives running ones `grace` seconds, and ends."""
+        """Turns health NOT_SERVING, takes no new calls, gives running ones up to `grace` seconds, and ends."""
         await self.health.enter_graceful_shutdown()
+        asyncio.get_running_loop().call_later(LAST_NEWS_SECONDS, self._open_ended.end)
         await self.grpc.stop(grace)
         await self._locks.aclose()
 

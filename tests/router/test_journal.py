@@ -145,3 +145,24 @@ async def test_reopening_goes_on_where_the_text_stands() -> None:
     assert list(opening.open.stop_strings) == ["zz"]
     assert (push.push.first_index, list(push.push.ids)) == (1, [6, 7])
     assert close.HasField("close")
+
+
+async def test_steps_that_come_after_the_end_are_no_gap_however_many() -> None:
+    stream = journal(stop=("x",))
+    stream.receive(step(0, [5]))
+    stream.take_piece(piece(1, "a", match="x"))
+    for index in range(1, 5):
+        assert stream.receive(step(index, [6])) == []
+    delta, finished = await drain(stream)
+    assert (delta.delta.text, finished.finished.usage.generated_tokens) == ("a", 1)
+
+
+async def test_many_ids_at_once_are_not_the_readers_fault() -> None:
+    stream = journal(pending=10)
+    stream.receive(step(0, list(range(20))))
+    stream.take_piece(piece(20, "text"))  # the tokenizer service was away and is back
+    (delta,) = await stream.next_messages()
+    assert len(delta.delta.token_ids) == 20
+    stream.receive(step(20, [1], worker_pb2.END_REASON_LENGTH))
+    stream.take_piece(piece(21, "!", final=True))
+    assert (await drain(stream))[-1].finished.usage.generated_tokens == 21

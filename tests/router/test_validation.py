@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import grpc
 import pytest
@@ -179,3 +180,19 @@ def test_an_unset_seed_follows_the_callers_request_id() -> None:
 
     assert seed(request_id="a") == seed(request_id="a") != seed(request_id="b")
     assert seed() != seed()
+
+
+def test_more_tool_calls_than_a_message_may_have() -> None:
+    calls = [tok.ToolCall(name="f", arguments_json="{}")] * 129
+    message = tok.Message(role=tok.ROLE_ASSISTANT, tool_calls=calls)
+    assert violations(request(chat=tok.Chat(messages=[message]))) == ["chat.messages[0].tool_calls"]
+
+
+def test_a_million_wrong_things_are_answered_at_once_and_the_answer_fits_trailers() -> None:
+    bad = request(chat=tok.Chat(messages=[tok.Message(tool_calls=[tok.ToolCall()] * 1000)] * 1000))
+    started = time.monotonic()
+    with pytest.raises(QwireError) as caught:
+        check(bad, CONFIG)
+    assert time.monotonic() - started < 1
+    assert caught.value.violations[0].field == "chat.messages[0].role"
+    assert len(caught.value.message) + len(caught.value.status_bytes()) < 6000

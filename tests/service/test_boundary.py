@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from qwire.errors import QwireError, Reason
+from qwire.errors import FieldViolation, QwireError, Reason
 from qwire.service.config import ConfigError
 from qwire.service.server import Listener, Server
 from qwire.service.status import not_in_this_release
@@ -36,6 +37,9 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         yield pb.GenerateResponse(delta=pb.Delta(text=request.text))
         if request.text == "fail":
             raise RuntimeError("secret-token-123")
+        if request.text == "pause":
+            await asyncio.sleep(0.5)
+            yield pb.GenerateResponse(delta=pb.Delta(text=request.text))
         if request.text == "flood":
             while True:
                 yield pb.GenerateResponse(delta=pb.Delta(text="x" * 65536))
@@ -183,3 +187,52 @@ async def test_two_servers_never_share_an_address(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no socket"):
         await server(f"unix:{tmp_path}/file").start()
     assert (tmp_path / "file").read_text() == "precious"
+
+
+async def test_calls_that_never_end_by_themselves_hold_up_no_stop() -> None:
+    server = Server(Listener("127.0.0.1:0"), max_message_bytes=1 << 20, announce=False)
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        await server.set_serving(True)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        reflection: Any = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await reflection.write(b"\x3a\x00")  # list_services
+        await reflection.read()
+        started = time.monotonic()
+        await server.stop(20)
+        assert time.monotonic() - started < 2
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        error = await error_of(watch.read())
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.DRAINING)
+
+
+async def test_a_stop_lets_running_streams_finish() -> None:
+    server = Server(Listener("127.0.0.1:0"), max_message_bytes=1 << 20, announce=False)
+    server.add(generation_pb2_grpc.add_GenerationServiceServicer_to_server, Generation(), "qwire.v1.GenerationService")
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stream = stub.Generate(pb.GenerateRequest(text="pause"))
+        await anext(aiter(stream))
+        await server.stop(20)
+        assert [message.delta.text async for message in stream] == ["pause"]
+        assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_a_million_unknown_fields_are_answered_at_once(channel: grpc.aio.Channel) -> None:
+    for data in (field_bytes(97, b"z") * 200_000, field_bytes(5, field_bytes(1, b"") * 200_000 + field_bytes(9, b""))):
+        started = time.monotonic()
+        call: Any = channel.unary_stream(GENERATE)
+        error = await error_of(anext(aiter(call(data))))
+        assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.UNKNOWN_FIELD)
+        assert time.monotonic() - started < 1
+
+
+def test_an_error_fits_the_trailers_whatever_it_says() -> None:
+    violations = [FieldViolation(f"chat.messages[{n}].röle", "ü" * 2000) for n in range(500)]
+    error = QwireError(
+        grpc.StatusCode.INVALID_ARGUMENT, "ü" * 9000, reason=Reason.INVALID_REQUEST, violations=violations
+    )
+    percent_encoded = 3 * len(error.message.encode())
+    assert percent_encoded + len(error.status_bytes()) * 4 / 3 < 8000
+    assert error.violations
+    assert error.violations[0].field == violations[0].field

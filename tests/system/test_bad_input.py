@@ -142,3 +142,11 @@ def test_bad_chats(client: Client) -> None:
         with pytest.raises(QwireError) as caught:
             client.generate_request(pb.GenerateRequest(chat=chat)).read()
         assert caught.value.violations[0].field == field
+
+
+def test_an_answer_that_names_many_fields_arrives(tiny: RunningStack) -> None:
+    chat = tokenizer_pb2.Chat(messages=[tokenizer_pb2.Message()] * 1000)
+    with tiny.client() as client, pytest.raises(QwireError) as caught:
+        client.generate_request(pb.GenerateRequest(chat=chat)).read()
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_REQUEST)
+    assert caught.value.violations[0].field == "chat.messages[0].role"

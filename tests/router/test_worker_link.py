@@ -1,0 +1,139 @@
+"""A router's link to a worker: what it takes on it can give back, and one stream's end is never another's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+
+from qwire.errors import QwireError, Reason
+from qwire.service.server import Listener, Server
+from qwire.v1 import generation_pb2, models_pb2, worker_pb2_grpc
+from qwire.v1 import worker_pb2 as pb
+from router import worker_link
+from router.journal import Journal, StreamSpec
+from router.worker_link import WorkerLink
+
+INFO = pb.WorkerInfo(worker_id="w", model=models_pb2.ModelInfo(name="m"))
+
+
+class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
+    """Says what it is told to say; keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.say: asyncio.Queue[pb.ServeResponse | None] = asyncio.Queue()
+        self.heard: asyncio.Queue[pb.ServeRequest] = asyncio.Queue()
+
+    async def Serve(self, requests: AsyncIterator[pb.ServeRequest], context: Any) -> AsyncIterator[pb.ServeResponse]:
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            yield pb.ServeResponse(welcome=pb.Welcome(info=INFO))
+            while (frame := await self.say.get()) is not None:
+                yield frame
+        finally:
+            reader.cancel()
+
+    async def GetWorkerInfo(self, request: Any, context: Any) -> NoReturn:
+        raise NotImplementedError
+
+    def WatchCache(self, request: Any, context: Any) -> NoReturn:
+        raise NotImplementedError
+
+    async def _read(self, requests: AsyncIterator[pb.ServeRequest]) -> None:
+        async for request in requests:
+            if not request.HasField("hello"):
+                self.heard.put_nowait(request)
+
+
+@pytest.fixture
+async def worker() -> ScriptedWorker:
+    return ScriptedWorker()
+
+
+@pytest.fixture
+async def link(worker: ScriptedWorker) -> AsyncIterator[WorkerLink]:
+    server = Server(Listener("127.0.0.1:0"), max_message_bytes=1 << 20, announce=False)
+    server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, worker, "qwire.v1.WorkerService")
+    link = WorkerLink(await server.start(), "r", lambda requests: None)
+    running = asyncio.create_task(link.run())
+    while not link.ready:
+        await asyncio.wait_for(link.changed.wait(), 5)
+    yield link
+    running.cancel()
+    await server.stop(0)
+
+
+def journal(pending: int = 4096) -> Journal:
+    spec = StreamSpec(7, 3, generation_pb2.StopOptions(max_tokens=99), False, True, pending)
+    return Journal(spec, 0.0, lambda: 1.0)
+
+
+def step(attempt: int, index: int) -> pb.ServeResponse:
+    sequence = pb.SequenceStep(attempt=attempt, token_index=index, token_ids=[1])
+    return pb.ServeResponse(step=pb.Step(sequences=[sequence]))
+
+
+async def test_a_reader_that_stops_reading_costs_its_neighbours_nothing(
+    link: WorkerLink, worker: ScriptedWorker
+) -> None:
+    slow, neighbour = journal(pending=2), journal()
+    first, second = link.submit(slow, pb.Submit()), link.submit(neighbour, pb.Submit())
+    for index in range(10):  # the slow stream is over at the third and released at the end, as by a stuck handler
+        worker.say.put_nowait(step(first, index))
+    worker.say.put_nowait(step(second, 0))
+    (delta,) = await asyncio.wait_for(neighbour.next_messages(), 5)
+    assert list(delta.delta.token_ids) == [1]
+    await slow.next_messages()
+    with pytest.raises(QwireError) as caught:
+        await slow.next_messages()
+    assert caught.value.reason == Reason.SLOW_READER
+
+
+async def test_a_submit_that_finds_the_outbox_full_holds_nothing_and_aborts_still_go_out(
+    link: WorkerLink, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = link.submit(journal(), pb.Submit())
+    monkeypatch.setattr(worker_link, "OUTBOX_FRAMES", 1)
+    with pytest.raises(QwireError) as caught:
+        link.submit(journal(), pb.Submit())
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVERLOADED)
+    assert link.streams == 1
+    link.release(attempt, finished=False)
+    assert link.streams == 0
+    frames = [(await asyncio.wait_for(worker.heard.get(), 5)).WhichOneof("frame") for _ in range(2)]
+    assert frames == ["submit", "abort"]
+
+
+async def test_a_worker_that_drains_is_not_picked_again_and_finishes_what_it_has(
+    link: WorkerLink, worker: ScriptedWorker
+) -> None:
+    running, late = journal(), journal()
+    first, second = link.submit(running, pb.Submit()), link.submit(late, pb.Submit())
+    refused = pb.Refused(attempt=second, reason=pb.REFUSED_REASON_DRAINING)
+    worker.say.put_nowait(pb.ServeResponse(refused=refused))
+    with pytest.raises(QwireError) as caught:
+        await asyncio.wait_for(late.admitted, 5)
+    assert caught.value.reason == Reason.DRAINING
+    assert not link.ready
+    worker.say.put_nowait(step(first, 0))
+    assert await asyncio.wait_for(running.next_messages(), 5)
+    link.release(first, finished=False)
+    frames = [(await asyncio.wait_for(worker.heard.get(), 5)).WhichOneof("frame") for _ in range(3)]
+    assert frames == ["submit", "submit", "abort"]
+
+
+async def test_nothing_waits_behind_after_a_link_has_ended(link: WorkerLink, worker: ScriptedWorker) -> None:
+    def waiting() -> int:
+        return sum("_consume_request_iterator" in repr(task) for task in asyncio.all_tasks())
+
+    assert waiting() == 1
+    for _ in range(3):
+        worker.say.put_nowait(None)
+        while link.ready:
+            await asyncio.wait_for(link.changed.wait(), 5)
+        while not link.ready:
+            await asyncio.wait_for(link.changed.wait(), 5)
+    assert waiting() == 1
