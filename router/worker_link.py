@@ -17,7 +17,8 @@ from qwire.errors import QwireError, Reason
 from qwire.service.server import LINK_OPTIONS
 from qwire.v1 import tokenizer_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
-from router.journal import IndexGap, Journal
+from router.choice import IndexGap
+from router.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class WorkerLink:
         submit.attempt = attempt
         self._journals[attempt] = journal
         journal.submitted(self.info.worker_id)
+        journal.drop_choice = lambda choice: self._drop_choice(attempt, choice)
         self._outbox.put_nowait(pb.ServeRequest(submit=submit))
         return attempt
 
@@ -93,6 +95,11 @@ class WorkerLink:
         """Forgets an attempt, and stops it at the worker unless it is finished there."""
         if self._journals.pop(attempt, None) is not None and not finished:
             self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(attempts=[attempt])))
+
+    def _drop_choice(self, attempt: int, choice: int) -> None:
+        if attempt in self._journals:
+            dropped = pb.AbortedChoice(attempt=attempt, choice=choice)
+            self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(choices=[dropped])))
 
     async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         outbox = self._outbox = asyncio.Queue()
