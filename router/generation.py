@@ -17,9 +17,9 @@ from qwire.errors import QwireError, Reason
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, tokenizer_pb2, worker_pb2
+from router.choice import OutputSpec
 from router.config import RouterConfig
 from router.fleet import Fleet
-from router.choice import OutputSpec
 from router.journal import Journal
 from router.tokenizer_link import TokenizerLink, relay
 from router.validation import check, check_prompt, resolve

@@ -22,9 +22,8 @@ from google.protobuf.duration_pb2 import Duration
 from qwire.errors import QwireError, Reason
 from qwire.prefix import HASH_BYTES
 from qwire.service.status import not_in_this_release
-from qwire.v1 import generation_pb2
+from qwire.v1 import generation_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
-from qwire.v1 import worker_pb2_grpc
 from worker.engine.engine import Engine, LoadReport, NeverFits, QueueFull, SequenceReport, StepReport
 from worker.engine.plan import SamplingParams
 from worker.engine.sequence import EndReason, Request
@@ -343,6 +342,7 @@ def _load(load: LoadReport, link: Link) -> pb.Load:
         blocks_cached=load.blocks_cached,
         blocks_free=load.blocks_free,
         submits_seen=link.submits_seen,
+        preemptions=load.preemptions,
     )
 
 
