@@ -19,23 +19,23 @@ class WorkerConfig:
         help="Folder with config.json, tokenizer.json and safetensors.",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
     )
-    served_model_name: str = setting("", help="The name that requests use; the folder's name if empty.")
-    listen: str = setting("127.0.0.1:50061", help="Address for routers: host:port or unix:path.")
-    insecure_bind: bool = setting(False, help="Allow an address that other machines can reach, without TLS.")
-    worker_id: str = setting("", help="Names the worker in placements and logs; host and process id if empty.")
+    served_model_name: str = setting(default="", help="The name that requests use; the folder's name if empty.")
+    listen: str = setting(default="127.0.0.1:50061", help="Address for routers: host:port or unix:path.")
+    insecure_bind: bool = setting(default=False, help="Allow an address that other machines can reach, without TLS.")
+    worker_id: str = setting(default="", help="Names the worker in placements and logs; host and process id if empty.")
     dtype: str = setting(
-        "auto",
+        default="auto",
         help="What to compute in; auto is the checkpoint's own.",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     )
-    kv_cache_mib: int = setting(1024, help="Memory for keys and values, in MiB.")
-    kv_blocks: int = setting(0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
-    block_size: int = setting(16, help="Positions in a KV block: a power of two up to 256.")
-    max_step_tokens: int = setting(512, help="Tokens that one step computes.")
-    max_running: int = setting(64, help="Sequences that run at once.")
-    max_waiting: int = setting(256, help="Requests that wait; one more is refused.")
-    threads: int = setting(0, help="Threads that compute; 0 leaves it to torch, which takes one a core.")
-    grace: float = setting(30.0, help="Seconds that running requests get when the worker is told to stop.")
+    kv_cache_mib: int = setting(default=1024, help="Memory for keys and values, in MiB.")
+    kv_blocks: int = setting(default=0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
+    block_size: int = setting(default=16, help="Positions in a KV block: a power of two up to 256.")
+    max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
+    max_running: int = setting(default=64, help="Sequences that run at once.")
+    max_waiting: int = setting(default=256, help="Requests that wait; one more is refused.")
+    threads: int = setting(default=0, help="Threads that compute; 0 leaves it to torch, which takes one a core.")
+    grace: float = setting(default=30.0, help="Seconds that running requests get when the worker is told to stop.")
 
     def __post_init__(self) -> None:
         for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib"):
