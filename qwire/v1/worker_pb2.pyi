@@ -867,22 +867,26 @@ class WatchCacheResponse(_message.Message):
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_END_FIELD_NUMBER: _builtins.int
     stored: _builtins.bytes
     """Hashes of blocks that can be hit now, 16 bytes each, end to end."""
     removed: _builtins.bytes
     """Hashes of blocks that can't any more, 16 bytes each, end to end."""
     snapshot: _builtins.bool
     """Whether this belongs to the snapshot with which the stream begins."""
+    snapshot_end: _builtins.bool
+    """Whether it is the snapshot's last message. There is one on every stream, on its own if the cache is empty."""
     def __init__(
         self,
         *,
         stored: _builtins.bytes = ...,
         removed: _builtins.bytes = ...,
         snapshot: _builtins.bool = ...,
+        snapshot_end: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "snapshot", b"snapshot", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
