@@ -12,7 +12,7 @@ demo: setup  ## a real model answers PROMPT through router, tokenizer service an
 test: setup  ## all tests
 	@.venv/bin/pytest $(ARGS)
 
-lint: setup  ## formatting, types, folder rules, contracts, stubs, floors
+lint: setup  ## formatting, types, folder rules, contracts, stubs, floors, containers
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
@@ -21,6 +21,8 @@ lint: setup  ## formatting, types, folder rules, contracts, stubs, floors
 	@.venv/bin/buf breaking protos --against protos/released.binpb
 	@scripts/check-stubs.sh
 	@scripts/check-floors.sh
+	@.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	@.venv/bin/hadolint deploy/Dockerfile
 
 format: setup
 	@.venv/bin/ruff format .

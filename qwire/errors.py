@@ -131,6 +131,13 @@ class QwireError(Exception):
                 retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
         return cls(code, status.message, reason=reason, violations=violations, retry_after=retry_after)
 
+    def under(self, path: str) -> QwireError:
+        """The same error about a request that is a field of another: its violations named from there."""
+        violations = [FieldViolation(f"{path}.{found.field}", found.description) for found in self.violations]
+        return QwireError(
+            self.code, self.message, reason=self.reason, violations=violations, retry_after=self.retry_after
+        )
+
     def status_bytes(self) -> bytes:
         """The `google.rpc.Status` that carries this error, serialized."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -17,10 +16,11 @@ from qwire import prefix
 from qwire.errors import QwireError, Reason
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
-from qwire.v1 import generation_pb2_grpc, tokenizer_pb2, worker_pb2
+from qwire.v1 import generation_pb2_grpc, models_pb2, tokenizer_pb2, worker_pb2
 from router.config import RouterConfig
 from router.fleet import Fleet
-from router.journal import Journal, StreamSpec
+from router.choice import OutputSpec
+from router.journal import Journal
 from router.tokenizer_link import TokenizerLink, relay
 from router.validation import check, check_prompt, resolve
 from router.worker_link import WorkerLink
@@ -37,35 +37,54 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._config = config
         self._fleet = fleet
         self._tokenizer = tokenizer
-        self._sequences = itertools.count(1)
+        self._next_sequence = 1
         self._request_ids: set[str] = set()
 
     @property
     def active_streams(self) -> int:
         return len(self._request_ids)
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+    def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        return self._stream(request, context)
+
+    async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> pb.GenerateOnceResponse:
+        answer = pb.GenerateOnceResponse()
+        try:
+            async with aclosing(self._stream(request.request, context)) as messages:
+                async for message in messages:
+                    _collect(answer, message)
+        except QwireError as error:
+            raise error.under("request") from None
+        return answer
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
+        raise not_in_this_release("Embed")
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
+        raise not_in_this_release("Score")
+
+    async def _stream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         arrival = time.monotonic()
         check(request, self._config)
         with self._admitted(request) as request_id:
             model = await self._fleet.find_model(request.model)
             prompt_ids = await self._prompt_ids(request)
-            check_prompt(request, prompt_ids, model)
+            check_prompt(request, prompt_ids, model, self._config)
             sampling, stop = resolve(request, len(prompt_ids), model, self._config)
-            spec = StreamSpec(
-                sequence=next(self._sequences),
-                prompt_tokens=len(prompt_ids),
+            spec = OutputSpec(
                 stop=stop,
                 want_text=not request.output.HasField("text") or request.output.text,
                 want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
                 max_pending_tokens=self._config.max_pending_tokens,
             )
-            journal = Journal(spec, arrival, time.monotonic)
+            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt_ids), arrival, time.monotonic)
+            bad_words = await self._bad_words(request)
             link = await self._fleet.place(model.name)
             if link.info is None:
                 raise RuntimeError("a ready link has no worker")
-            submit = self._submit(request, prompt_ids, sampling, stop, link.info, context)
-            async with self._placed(journal, link, submit):
+            params = resolved_params(sampling, stop, request.output, bad_words, link.info.model)
+            submit = self._submit(request, prompt_ids, sampling.n, params, link.info, context)
+            async with self._placed(journal, link, submit, detokenized=spec.detokenized):
                 await journal.admitted
                 accepted = pb.Accepted(
                     request_id=request_id,
@@ -75,20 +94,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     numerics_id=link.info.model.numerics_id,
                 )
                 yield pb.GenerateResponse(accepted=accepted)
-                finished = False
-                while not finished:
+                while not journal.finished:
                     for message in await journal.next_messages():
-                        finished = message.HasField("finished")
                         yield message
-
-    async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> NoReturn:
-        raise not_in_this_release("GenerateOnce")
-
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
-        raise not_in_this_release("Embed")
-
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
-        raise not_in_this_release("Score")
 
     @contextmanager
     def _admitted(self, request: pb.GenerateRequest) -> Iterator[str]:
@@ -114,9 +122,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             self._request_ids.discard(request_id)
 
     @asynccontextmanager
-    async def _placed(self, journal: Journal, link: WorkerLink, submit: worker_pb2.Submit) -> AsyncIterator[None]:
+    async def _placed(
+        self, journal: Journal, link: WorkerLink, submit: worker_pb2.Submit, *, detokenized: bool
+    ) -> AsyncIterator[None]:
         """Places a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
-        if journal.spec.detokenized:
+        if detokenized:
             self._tokenizer.open(journal)
         try:
             attempt = link.submit(journal, submit)
@@ -125,7 +135,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             finally:
                 link.release(attempt, finished=journal.ended_at_worker)
         finally:
-            self._tokenizer.release(journal.spec.sequence)
+            self._tokenizer.release(journal)
 
     async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("input"):
@@ -139,12 +149,29 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 render = tokenizer_pb2.RenderChatRequest(model=request.model, chat=request.chat)
                 return list((await relay(self._tokenizer.stub.RenderChat(render))).token_ids)
 
+    async def _bad_words(self, request: pb.GenerateRequest) -> list[list[int]]:
+        """The ids of each bad word, as a word by itself and behind a space."""
+        texts = [text for word in request.sampling.bad_words for text in (word, f" {word}")]
+        if not texts:
+            return []
+        encode = tokenizer_pb2.EncodeRequest(
+            model=request.model, texts=texts, add_special_tokens=False, special_tokens_as_text=True
+        )
+        encoded = await relay(self._tokenizer.stub.Encode(encode))
+        distinct = dict.fromkeys(tuple(encoding.ids) for encoding in encoded.encodings)
+        return [list(ids) for ids in distinct if ids]
+
+    def _name_sequences(self, count: int) -> range:
+        first = self._next_sequence
+        self._next_sequence += count
+        return range(first, self._next_sequence)
+
     def _submit(
         self,
         request: pb.GenerateRequest,
         prompt_ids: list[int],
-        sampling: pb.SamplingParams,
-        stop: pb.StopOptions,
+        choices: int,
+        params: worker_pb2.ResolvedParams,
         worker: worker_pb2.WorkerInfo,
         context: Context,
     ) -> worker_pb2.Submit:
@@ -154,17 +181,52 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         remaining = context.time_remaining()
         return worker_pb2.Submit(
             prompt_ids=prompt_ids,
-            params=worker_pb2.ResolvedParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                seed=sampling.seed,
-                max_tokens=stop.max_tokens,
-                stop_token_ids=stop.token_ids,
-                eos_token_ids=() if stop.ignore_eos else worker.model.eos_token_ids,
-            ),
+            choices=[worker_pb2.SubmitChoice() for _ in range(choices)],
+            params=params,
             remaining_ms=None if remaining is None else max(0, round(remaining * 1000)),
             prefix_root=prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope),
             bypass_prefix_cache=request.prefix_cache.bypass,
         )
+
+
+def resolved_params(
+    sampling: pb.SamplingParams,
+    stop: pb.StopOptions,
+    output: pb.OutputOptions,
+    bad_words: list[list[int]],
+    model: models_pb2.ModelInfo,
+) -> worker_pb2.ResolvedParams:
+    """What a worker is told of how to draw and when to end."""
+    return worker_pb2.ResolvedParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_words=[tokenizer_pb2.TokenIds(ids=ids) for ids in bad_words],
+        max_tokens=stop.max_tokens,
+        min_tokens=stop.min_tokens,
+        stop_token_ids=stop.token_ids,
+        eos_token_ids=() if stop.ignore_eos else model.eos_token_ids,
+        logprobs=output.logprobs if output.HasField("logprobs") else None,
+    )
+
+
+def _collect(answer: pb.GenerateOnceResponse, message: pb.GenerateResponse) -> None:
+    """Adds a stream's message to the answer that it becomes."""
+    match message.WhichOneof("event"):
+        case "accepted":
+            answer.accepted.CopyFrom(message.accepted)
+            answer.choices.extend(pb.GeneratedChoice() for _ in range(message.accepted.sampling.n))
+        case "delta":
+            choice = answer.choices[message.delta.choice]
+            choice.token_ids.extend(message.delta.token_ids)
+            choice.logprobs.extend(message.delta.logprobs)
+            choice.text += message.delta.text
+        case "finished":
+            answer.choices[message.finished.choice].finished.CopyFrom(message.finished)

@@ -66,13 +66,14 @@ class TokenizerLink:
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
         self._target = target
         self._journals: dict[int, Journal] = {}
+        """By the sequences of their choices."""
         self._outbox: asyncio.Queue[pb.DetokenizeRequest | None] | None = None
 
     async def run(self) -> None:
         """Opens the Detokenize stream, and again whenever it ends, until cancelled."""
         while True:
             outbox = self._outbox = asyncio.Queue()
-            for journal in self._journals.values():
+            for journal in dict.fromkeys(self._journals.values()):
                 self.send(journal.open_requests())
             try:
                 async for response in self.stub.Detokenize(self._requests(outbox), wait_for_ready=True):
@@ -89,14 +90,15 @@ class TokenizerLink:
         await self.channel.close()
 
     def open(self, journal: Journal) -> None:
-        """Starts a sequence; should the stream be opened again, the sequence goes on where its text stands."""
-        self._journals[journal.spec.sequence] = journal
+        """Starts a sequence for each choice; should the stream be opened again, they go on where their text stands."""
+        self._journals.update(dict.fromkeys(journal.sequences, journal))
         self.send(journal.open_requests())
 
-    def release(self, sequence: int) -> None:
-        """Forgets a sequence."""
-        if self._journals.pop(sequence, None) is not None:
-            self.send([pb.DetokenizeRequest(close=pb.DetokenizeClose(sequence=sequence))])
+    def release(self, journal: Journal) -> None:
+        """Forgets a journal's sequences."""
+        known = [sequence for sequence in journal.sequences if self._journals.pop(sequence, None) is not None]
+        if known:
+            self.send([pb.DetokenizeRequest(close=pb.DetokenizeClose(sequence=sequence)) for sequence in known])
 
     def send(self, requests: list[pb.DetokenizeRequest]) -> None:
         """Sends requests in order as one message. While the stream is down they are dropped: opening it again sends

@@ -18,7 +18,8 @@ from qwire.service.server import LINK_OPTIONS
 from qwire.v1 import tokenizer_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
 from router.cache_index import CacheIndex
-from router.journal import IndexGap, Journal
+from router.choice import IndexGap
+from router.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class WorkerLink:
         self._journals[attempt] = journal
         self._uncomputed[attempt] = uncached_tokens
         journal.submitted(self.info.worker_id)
+        journal.drop_choice = lambda choice: self._drop_choice(attempt, choice)
         self._outbox.put_nowait(pb.ServeRequest(submit=submit))
         return attempt
 
@@ -121,6 +123,11 @@ class WorkerLink:
         """Drops an attempt and what it counts. Everything that ends one comes through here, or through `_lose`."""
         self._uncomputed.pop(attempt, None)
         return self._journals.pop(attempt, None)
+
+    def _drop_choice(self, attempt: int, choice: int) -> None:
+        if attempt in self._journals:
+            dropped = pb.AbortedChoice(attempt=attempt, choice=choice)
+            self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(choices=[dropped])))
 
     async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         outbox = self._outbox = asyncio.Queue()

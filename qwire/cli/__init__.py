@@ -7,6 +7,7 @@ import click
 from qwire import __version__
 from qwire.cli.chat import chat
 from qwire.cli.demo import demo
+from qwire.cli.fetch import fetch
 from qwire.cli.generate import generate
 from qwire.cli.models import models
 from qwire.cli.up import up
@@ -20,5 +21,5 @@ def main() -> None:
     """Qwen models behind gRPC."""
 
 
-for _command in (up, demo, generate, chat, models):
+for _command in (up, demo, fetch, generate, chat, models):
     main.add_command(_command)

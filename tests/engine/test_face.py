@@ -17,7 +17,7 @@ from qwire.v1 import models_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
 from tests.helpers.fake_runner import FakeRunner
 from worker.engine.engine import Engine
-from worker.engine.plan import StepPlan
+from worker.engine.plan import Drawn, StepPlan
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 
@@ -30,7 +30,7 @@ LinkCall = grpc.aio.StreamStreamCall[pb.ServeRequest, pb.ServeResponse]
 class Runner(FakeRunner):
     """Fails where a prompt says so, and takes its time."""
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
+    def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         if any(FATAL_ID in chunk.token_ids for chunk in plan.chunks if chunk.start == 0):
             raise RuntimeError("boom")
         time.sleep(0.01)

@@ -82,7 +82,8 @@ class StepReport:
 class _Inbox:
     submits: deque[tuple[Request, float]] = field(default_factory=deque)
     """With the time of arrival."""
-    aborts: deque[Hashable] = field(default_factory=deque)
+    aborts: deque[tuple[Hashable, int | None]] = field(default_factory=deque)
+    """Requests, or single choices of them."""
     watched: bool = False
     """Whether the changes of the prefix cache are wanted."""
     snapshot: bool = False
@@ -152,7 +153,13 @@ class Engine:
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drops requests; unknown keys are ignored. Their blocks are free before the next step. Any thread."""
         with self._wake:
-            self._inbox.aborts.extend(keys)
+            self._inbox.aborts.extend((key, None) for key in keys)
+            self._wake.notify()
+
+    def abort_choice(self, key: Hashable, choice: int) -> None:
+        """Drops one choice of a request whose others go on; unknown ones are ignored. Any thread."""
+        with self._wake:
+            self._inbox.aborts.append((key, choice))
             self._wake.notify()
 
     def watch_cache(self, watched: bool) -> None:
@@ -174,7 +181,8 @@ class Engine:
         snapshot = self._take_inbox()
         late = [key for key, sequences in self._requests.items() if sequences[0].request.deadline <= now]
         for key in late:
-            self._drop(key)
+            for sequence in list(self._requests[key]):
+                self._end(sequence)
         scheduled = self.scheduler.schedule(now)
         if not (scheduled.sequences or late or self._aborted_some or snapshot):
             return None
@@ -232,25 +240,21 @@ class Engine:
                 for sequence in sequences:
                     self.scheduler.add(sequence)
         # Whoever aborts a request has submitted it before: its submit is in by now.
-        for key in aborts:
-            if key in self._requests:
-                self._drop(key)
+        for key, choice in aborts:
+            aborted = [s for s in self._requests.get(key, ()) if choice is None or s.choice == choice]
+            for sequence in aborted:
+                self._end(sequence)
                 self._aborted_some = True
         self.pool.watch(watched)
         return snapshot
 
     def _end(self, sequence: SequenceState) -> None:
-        """Takes out a sequence that has all of its tokens."""
+        """Takes out a sequence that has all of its tokens, or wants no more."""
         self.scheduler.remove(sequence)
         siblings = self._requests[sequence.request.key]
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request.key]
-
-    def _drop(self, key: Hashable) -> None:
-        """Takes out all of a request."""
-        for sequence in self._requests.pop(key):
-            self.scheduler.remove(sequence)
 
     def _count_load(self) -> LoadReport:
         return LoadReport(
