@@ -21,9 +21,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from qwire.errors import QwireError, Reason
 from qwire.prefix import HASH_BYTES
-from qwire.v1 import generation_pb2
+from qwire.v1 import generation_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
-from qwire.v1 import worker_pb2_grpc
 from worker.cache_feed import CacheFeed
 from worker.engine.engine import Engine, LoadReport, NeverFits, QueueFull, SequenceReport, StepReport
 from worker.engine.plan import SamplingParams
