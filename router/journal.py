@@ -88,8 +88,7 @@ class Journal:
             return
         choice.take_piece(piece)
         self._changed.set()
-        if choice.complete and not choice.ended_at_worker and not all(choice.complete for choice in self.choices):
-            self.drop_choice(choice.index)
+        self._drop_if_others_go_on(choice)
 
     # To the client.
 
@@ -111,6 +110,10 @@ class Journal:
     def ended_at_worker(self) -> bool:
         """Whether the worker is done with all of it by itself."""
         return all(choice.ended_at_worker for choice in self.choices)
+
+    def _drop_if_others_go_on(self, choice: Choice) -> None:
+        if choice.complete and not choice.ended_at_worker and not all(other.complete for other in self.choices):
+            self.drop_choice(choice.index)
 
     def _take_messages(self) -> list[pb.GenerateResponse]:
         messages = []

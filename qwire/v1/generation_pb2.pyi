@@ -251,8 +251,8 @@ class SamplingParams(_message.Message):
     tokens. Unset means derived from request_id where that is set, else random; Accepted echoes it.
     """
     n: _builtins.int
-    """Number of choices, in [1, 16]; unset means 1. The prompt is computed once for all of them. Each choice draws what
-    it would draw alone under the same seed: its index is part of the random numbers.
+    """Number of choices, in [1, 16]; unset means 1. The prompt is computed once for all of them. A choice's index is part
+    of its random numbers, so under one seed choice 2 is the same whether n is 3 or 16.
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:

@@ -72,9 +72,11 @@ async def dial(face: WorkerFace) -> AsyncIterator[Callable[[], Awaitable[LinkCal
 async def submit(
     link: LinkCall, attempt: int, prompt: list[int], *, root: bytes = b"0123456789abcdef", **params: float
 ) -> None:
-    values = {"top_p": 1.0, "max_tokens": 3, **params}
+    values = {"top_p": 1.0, "repetition_penalty": 1.0, "max_tokens": 3, **params}
     resolved = pb.ResolvedParams(**values)  # type: ignore[arg-type]
-    frame = pb.Submit(attempt=attempt, prompt_ids=prompt, params=resolved, prefix_root=root)
+    frame = pb.Submit(
+        attempt=attempt, prompt_ids=prompt, choices=[pb.SubmitChoice()], params=resolved, prefix_root=root
+    )
     await link.write(pb.ServeRequest(submit=frame))
 
 
