@@ -78,7 +78,7 @@ def test_biases_bans_and_allow_lists(client: Client) -> None:
     allowed = run(client, temperature=2.0, allowed_token_ids=[10, 20, 30]).token_ids
     assert set(allowed) <= {10, 20, 30}
     word = "the"
-    biased = {token: 100.0 for token in client.encode(word)}
+    biased = dict.fromkeys(client.encode(word), 100.0)
     assert word in run(client, temperature=0, logit_bias=biased).text
     assert word not in run(client, temperature=0, logit_bias=biased, bad_words=[word]).text
 
