@@ -30,6 +30,11 @@ class CacheIndex:
         return len(self._held)
 
     @property
+    def held(self) -> frozenset[bytes]:
+        """All of them, as they are now."""
+        return frozenset(self._held)
+
+    @property
     def complete(self) -> bool:
         """Whether this is all that the worker holds, as of its last message."""
         return self._snapshot is None

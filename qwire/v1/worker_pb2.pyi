@@ -61,7 +61,7 @@ class _RefusedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refused
     DESCRIPTOR: _descriptor.EnumDescriptor
     REFUSED_REASON_UNSPECIFIED: _RefusedReason.ValueType  # 0
     REFUSED_REASON_QUEUE_FULL: _RefusedReason.ValueType  # 1
-    """max_waiting requests wait already."""
+    """max_running and max_waiting requests are there already."""
     REFUSED_REASON_DRAINING: _RefusedReason.ValueType  # 2
     """The worker is shutting down."""
     REFUSED_REASON_TOO_LARGE: _RefusedReason.ValueType  # 3
@@ -73,7 +73,7 @@ class RefusedReason(_RefusedReason, metaclass=_RefusedReasonEnumTypeWrapper): ..
 
 REFUSED_REASON_UNSPECIFIED: RefusedReason.ValueType  # 0
 REFUSED_REASON_QUEUE_FULL: RefusedReason.ValueType  # 1
-"""max_waiting requests wait already."""
+"""max_running and max_waiting requests are there already."""
 REFUSED_REASON_DRAINING: RefusedReason.ValueType  # 2
 """The worker is shutting down."""
 REFUSED_REASON_TOO_LARGE: RefusedReason.ValueType  # 3
@@ -275,7 +275,7 @@ class WorkerInfo(_message.Message):
     max_running: _builtins.int
     """Sequences that run at once."""
     max_waiting: _builtins.int
-    """Requests that wait; one more is refused."""
+    """Requests beyond max_running that wait; one more is refused."""
     backend: _builtins.str
     """Name of the kernels, such as "reference"."""
     model_fingerprint: _builtins.bytes

@@ -24,7 +24,7 @@ IDLE_SECONDS_BEFORE_CHECK = 1.0
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """As many requests are there as may."""
 
 
 class NeverFits(Exception):
@@ -97,7 +97,7 @@ class Engine:
         deliver: called from the engine's thread with each step's report.
         fault: called from the engine's thread with the keys of the requests in a step that raised; the engine has
             stopped for good by then, and the process is expected to exit.
-        max_waiting: requests that wait at most, those in the inbox counted.
+        max_waiting: requests that may be there beyond `limits.max_running`, those in the inbox counted.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Engine:
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, limits)
         self._runner = runner
-        self._max_waiting = max_waiting
+        self._max_requests = limits.max_running + max_waiting
         self._clock = clock
         self._deliver = deliver
         self._fault = fault
@@ -145,7 +145,8 @@ class Engine:
         if not self.scheduler.fits(len(request.prompt_ids) + request.max_tokens):
             raise NeverFits
         with self._wake:
-            if len(self.scheduler.waiting) + len(self._inbox.submits) >= self._max_waiting:
+            # Not by who waits now: of a burst on an idle worker all do until its next step.
+            if len(self._requests) + len(self._inbox.submits) >= self._max_requests:
                 raise QueueFull
             self._inbox.submits.append((request, self._clock()))
             self._wake.notify()
