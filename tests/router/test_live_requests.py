@@ -11,6 +11,10 @@ from qwire.errors import QwireError, Reason
 from router.live_requests import LiveRequest, LiveRequests
 
 
+TASKS: set[asyncio.Task[None]] = set()
+"""Keeps streams alive that a test says nothing more of."""
+
+
 async def hold(
     requests: LiveRequests, request_id: str | None, *, again: bool = False
 ) -> tuple[LiveRequest, asyncio.Event]:
@@ -26,7 +30,7 @@ async def hold(
         except QwireError as error:
             admitted.set_exception(error)
 
-    asyncio.get_running_loop().create_task(live())
+    TASKS.add(asyncio.create_task(live()))
     return await admitted, leave
 
 

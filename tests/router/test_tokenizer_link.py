@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -58,6 +58,18 @@ class NamedTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def Encode(self, request: pb.EncodeRequest, context: Any) -> pb.EncodeResponse:
         self.calls += 1
         return pb.EncodeResponse(encodings=[pb.TokenIds(ids=[self.number])])
+
+    async def Decode(self, request: Any, context: Any) -> NoReturn:
+        raise NotImplementedError
+
+    async def RenderChat(self, request: Any, context: Any) -> NoReturn:
+        raise NotImplementedError
+
+    def Detokenize(self, request: Any, context: Any) -> NoReturn:
+        raise NotImplementedError
+
+    def GetTokenizer(self, request: Any, context: Any) -> NoReturn:
+        raise NotImplementedError
 
 
 async def start(servicer: NamedTokenizer) -> tuple[grpc.aio.Server, str]:
