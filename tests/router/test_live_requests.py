@@ -10,7 +10,6 @@ import pytest
 from qwire.errors import QwireError, Reason
 from router.live_requests import LiveRequest, LiveRequests
 
-
 TASKS: set[asyncio.Task[None]] = set()
 """Keeps streams alive that a test says nothing more of."""
 

@@ -42,7 +42,7 @@ def workers(stack: RunningStack) -> list[admin_pb2.WorkerStatus]:
 
 
 def wait_for_both(stack: RunningStack) -> None:
-    assert eventually(lambda: all(worker.ready for worker in workers(stack)), 10)
+    assert eventually(lambda: all(worker.ready for worker in workers(stack)), 40)
 
 
 def finish(client: Client, prompt: list[int], count: int = 8, **more: object) -> pb.Finished:
