@@ -43,6 +43,8 @@ class Reason(StrEnum):
     """The model's chat template refused the messages, or ran out of time or memory."""
     DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
     """A live request of the caller has this id."""
+    SUPERSEDED = "SUPERSEDED"
+    """The caller sent the request again under the same id: this stream ends, that one goes on."""
     NO_WORKER = "NO_WORKER"
     """No worker is ready."""
     WORKER_LOST = "WORKER_LOST"

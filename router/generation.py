@@ -5,29 +5,28 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
 
 from qwire import prefix
-from qwire.errors import QwireError, Reason
+from qwire.errors import QwireError
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, tokenizer_pb2, worker_pb2
 from router.choice import OutputSpec
 from router.config import RouterConfig
-from router.fleet import Fleet
+from router.fleet import Fleet, Place
 from router.journal import Journal
+from router.live_requests import LiveRequests
 from router.tokenizer_link import TokenizerLink, relay
 from router.validation import check, check_prompt, resolve
-from router.worker_link import WorkerLink
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-OVERLOADED_RETRY_SECONDS = 1.0
+PREVIOUS_ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -38,11 +37,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._fleet = fleet
         self._tokenizer = tokenizer
         self._next_sequence = 1
-        self._request_ids: set[str] = set()
+        self._live = LiveRequests(config.max_streams)
 
     @property
     def active_streams(self) -> int:
-        return len(self._request_ids)
+        return len(self._live)
 
     def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         return self._stream(request, context)
@@ -66,8 +65,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def _stream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         arrival = time.monotonic()
         check(request, self._config)
-        with self._admitted(request) as request_id:
+        request_id = request.request_id if request.HasField("request_id") else None
+        async with self._live.admit(request_id, again=_was_sent_before(context)) as live:
             model = await self._fleet.find_model(request.model)
+            self._fleet.refuse_if_full(model.name)  # before anything is computed for it
             prompt_ids = await self._prompt_ids(request)
             check_prompt(request, prompt_ids, model, self._config)
             sampling, stop = resolve(request, len(prompt_ids), model, self._config)
@@ -78,62 +79,40 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 max_pending_tokens=self._config.max_pending_tokens,
             )
             journal = Journal(spec, self._name_sequences(sampling.n), len(prompt_ids), arrival, time.monotonic)
+            live.attach(journal)
             bad_words = await self._bad_words(request)
-            link = await self._fleet.place(model.name)
-            if link.info is None:
-                raise RuntimeError("a ready link has no worker")
-            params = resolved_params(sampling, stop, request.output, bad_words, link.info.model)
-            submit = self._submit(request, prompt_ids, sampling.n, params, link.info, context)
-            async with self._placed(journal, link, submit, detokenized=spec.detokenized):
+            scope = self._scope(request)
+            place = await self._fleet.place(model.name, prompt_ids, scope, bypass=request.prefix_cache.bypass)
+            live.check()
+            params = resolved_params(sampling, stop, request.output, bad_words, place.worker.model)
+            submit = self._submit(request, prompt_ids, sampling.n, params, place.worker, scope, context)
+            async with self._placed(journal, place, submit, detokenized=spec.detokenized):
                 await journal.admitted
                 accepted = pb.Accepted(
-                    request_id=request_id,
+                    request_id=live.request_id,
                     sampling=sampling,
                     stop=stop,
                     prompt_tokens=len(prompt_ids),
-                    numerics_id=link.info.model.numerics_id,
+                    numerics_id=place.worker.model.numerics_id,
                 )
                 yield pb.GenerateResponse(accepted=accepted)
                 while not journal.finished:
                     for message in await journal.next_messages():
                         yield message
 
-    @contextmanager
-    def _admitted(self, request: pb.GenerateRequest) -> Iterator[str]:
-        """Holds one of `max_streams` slots and the request's id. Raises QwireError before anything is computed."""
-        if len(self._request_ids) >= self._config.max_streams:
-            raise QwireError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._config.max_streams} streams are served already",
-                reason=Reason.OVERLOADED,
-                retry_after=OVERLOADED_RETRY_SECONDS,
-            )
-        request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
-        if request_id in self._request_ids:
-            raise QwireError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                "a live request has this request_id",
-                reason=Reason.DUPLICATE_REQUEST_ID,
-            )
-        self._request_ids.add(request_id)
-        try:
-            yield request_id
-        finally:
-            self._request_ids.discard(request_id)
-
     @asynccontextmanager
     async def _placed(
-        self, journal: Journal, link: WorkerLink, submit: worker_pb2.Submit, *, detokenized: bool
+        self, journal: Journal, place: Place, submit: worker_pb2.Submit, *, detokenized: bool
     ) -> AsyncIterator[None]:
         """Places a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
         if detokenized:
             self._tokenizer.open(journal)
         try:
-            attempt = link.submit(journal, submit)
+            attempt = place.link.submit(journal, submit, place.uncached_tokens)
             try:
                 yield
             finally:
-                link.release(attempt, finished=journal.ended_at_worker)
+                place.link.release(attempt, finished=journal.ended_at_worker)
         finally:
             self._tokenizer.release(journal)
 
@@ -166,6 +145,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._next_sequence += count
         return range(first, self._next_sequence)
 
+    def _scope(self, request: pb.GenerateRequest) -> bytes:
+        """Whose cached blocks the request may share."""
+        message = b"\0" + request.prefix_cache.scope.encode()
+        return hmac.digest(self._config.fleet_secret.encode(), message, hashlib.sha256)[:16]
+
     def _submit(
         self,
         request: pb.GenerateRequest,
@@ -173,11 +157,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         choices: int,
         params: worker_pb2.ResolvedParams,
         worker: worker_pb2.WorkerInfo,
+        scope: bytes,
         context: Context,
     ) -> worker_pb2.Submit:
-        scope = hmac.digest(
-            self._config.fleet_secret.encode(), b"\0" + request.prefix_cache.scope.encode(), hashlib.sha256
-        )[:16]
         remaining = context.time_remaining()
         return worker_pb2.Submit(
             prompt_ids=prompt_ids,
@@ -187,6 +169,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             prefix_root=prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope),
             bypass_prefix_cache=request.prefix_cache.bypass,
         )
+
+
+def _was_sent_before(context: Context) -> bool:
+    """Whether gRPC's own retries sent this call: a client that repeats one by itself doesn't name earlier attempts."""
+    return any(key == PREVIOUS_ATTEMPTS_KEY for key, _ in context.invocation_metadata() or ())
 
 
 def resolved_params(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
@@ -25,13 +26,37 @@ OUTBOX_MESSAGES = 65_536
 """Messages that may wait before streams are failed. Closing a sequence is never refused: it was opened before."""
 RECONNECT_SECONDS = 0.1
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+SERVICE_CONFIG = json.dumps(
+    {
+        # Calls take turns over all addresses that the target resolves to; the Detokenize stream stays where it began.
+        "loadBalancingConfig": [{"round_robin": {}}],
+        # A service that dies takes the calls with it that were just sent there. They change nothing: another may have
+        # them. Calls over gRPC's retry buffer of 256 KiB aren't tried again.
+        "methodConfig": [
+            {
+                "name": [{"service": _SERVICE, "method": method} for method in ("Encode", "Decode", "RenderChat")],
+                "retryPolicy": {
+                    "maxAttempts": 3,
+                    "initialBackoff": "0.02s",
+                    "maxBackoff": "0.2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ],
+    }
+)
+
 
 class TokenizerLink:
-    """The tokenizer service at `target`. `run` keeps the Detokenize stream up."""
+    """The tokenizer service at `target`, or several at all the addresses that it resolves to, such as
+    `ipv4:10.0.0.1:50071,10.0.0.2:50071`. `run` keeps the Detokenize stream up."""
 
     def __init__(self, target: str) -> None:
         options = [
             *LINK_OPTIONS,
+            ("grpc.service_config", SERVICE_CONFIG),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.initial_reconnect_backoff_ms", 50),

@@ -21,9 +21,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from qwire.errors import QwireError, Reason
 from qwire.prefix import HASH_BYTES
-from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
+from worker.cache_feed import CacheFeed
 from worker.engine.engine import Engine, LoadReport, NeverFits, QueueFull, SequenceReport, StepReport
 from worker.engine.plan import SamplingParams
 from worker.engine.sequence import EndReason, Request
@@ -116,6 +116,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
+        self._cache = CacheFeed(engine.watch_cache)
 
     # From the engine's thread.
 
@@ -131,13 +132,15 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         return pb.GetWorkerInfoResponse(info=self.info)
 
     def WatchCache(self, request: pb.WatchCacheRequest, context: Context) -> AsyncIterator[pb.WatchCacheResponse]:
-        raise not_in_this_release("WatchCache")
+        if self._draining:
+            raise _draining()
+        return self._cache.messages()
 
     async def Serve(
         self, request_iterator: AsyncIterator[pb.ServeRequest], context: Context
     ) -> AsyncIterator[pb.ServeResponse]:
         if self._draining:
-            raise QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
+            raise _draining()
         hello = await anext(request_iterator, None)
         if hello is None or hello.WhichOneof("frame") != "hello":
             raise QwireError(
@@ -171,6 +174,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
         while busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self._cache.end(_draining())
         for link in self._links.values():
             link.end()
         deadline = time.monotonic() + LAST_FRAMES_SECONDS
@@ -282,6 +286,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         )
 
     def _on_step(self, report: StepReport) -> None:
+        self._cache.take(report.snapshot, report.cache)
         frames = {
             number: pb.Step(number=report.number, load=_load(report.load, link)) for number, link in self._links.items()
         }
@@ -308,6 +313,10 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             attempts = [attempt for owner, attempt in pairs if owner == number and attempt in link.live]
             link.send(pb.ServeResponse(fault=pb.Fault(attempts=attempts)))
         self.faulted.set()
+
+
+def _draining() -> QwireError:
+    return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
 
 
 def _sampling(params: pb.ResolvedParams) -> SamplingParams:

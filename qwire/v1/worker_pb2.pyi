@@ -61,7 +61,7 @@ class _RefusedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refused
     DESCRIPTOR: _descriptor.EnumDescriptor
     REFUSED_REASON_UNSPECIFIED: _RefusedReason.ValueType  # 0
     REFUSED_REASON_QUEUE_FULL: _RefusedReason.ValueType  # 1
-    """max_waiting requests wait already."""
+    """max_running and max_waiting requests are there already."""
     REFUSED_REASON_DRAINING: _RefusedReason.ValueType  # 2
     """The worker is shutting down."""
     REFUSED_REASON_TOO_LARGE: _RefusedReason.ValueType  # 3
@@ -73,7 +73,7 @@ class RefusedReason(_RefusedReason, metaclass=_RefusedReasonEnumTypeWrapper): ..
 
 REFUSED_REASON_UNSPECIFIED: RefusedReason.ValueType  # 0
 REFUSED_REASON_QUEUE_FULL: RefusedReason.ValueType  # 1
-"""max_waiting requests wait already."""
+"""max_running and max_waiting requests are there already."""
 REFUSED_REASON_DRAINING: RefusedReason.ValueType  # 2
 """The worker is shutting down."""
 REFUSED_REASON_TOO_LARGE: RefusedReason.ValueType  # 3
@@ -275,7 +275,7 @@ class WorkerInfo(_message.Message):
     max_running: _builtins.int
     """Sequences that run at once."""
     max_waiting: _builtins.int
-    """Requests that wait; one more is refused."""
+    """Requests beyond max_running that wait; one more is refused."""
     backend: _builtins.str
     """Name of the kernels, such as "reference"."""
     model_fingerprint: _builtins.bytes
@@ -899,22 +899,26 @@ class WatchCacheResponse(_message.Message):
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_END_FIELD_NUMBER: _builtins.int
     stored: _builtins.bytes
     """Hashes of blocks that can be hit now, 16 bytes each, end to end."""
     removed: _builtins.bytes
     """Hashes of blocks that can't any more, 16 bytes each, end to end."""
     snapshot: _builtins.bool
     """Whether this belongs to the snapshot with which the stream begins."""
+    snapshot_end: _builtins.bool
+    """Whether it is the snapshot's last message. There is one on every stream, on its own if the cache is empty."""
     def __init__(
         self,
         *,
         stored: _builtins.bytes = ...,
         removed: _builtins.bytes = ...,
         snapshot: _builtins.bool = ...,
+        snapshot_end: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "snapshot", b"snapshot", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,10 +14,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 class OutOfBlocks(Exception):
     """There are not as many free and cached blocks as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """What `lookup` finds now and didn't before, and the other way around. No hash is in both."""
+
+    stored: list[bytes]
+    removed: list[bytes]
+
+    def __bool__(self) -> bool:
+        return bool(self.stored or self.removed)
 
 
 class BlockPool:
@@ -36,6 +48,8 @@ class BlockPool:
         self._free = list(reversed(range(num_blocks)))
         # Least recently released first: the order of eviction.
         self._cached: OrderedDict[int, None] = OrderedDict()
+        # Hashes that changed since last taken, and whether they are found now. None while nobody watches.
+        self._changes: dict[bytes, bool] | None = None
 
     @property
     def num_free(self) -> int:
@@ -99,6 +113,7 @@ class BlockPool:
             return
         self._hashes[block] = block_hash
         self._by_hash[block_hash] = block
+        self._note(block_hash, found=True)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drops one reference of each block of one sequence, given in the order of its block table.
@@ -115,6 +130,28 @@ class BlockPool:
                     self._free.append(block)
                 else:
                     self._cached[block] = None
+
+    def watch(self, watched: bool) -> None:
+        """Begins or ends the record of changes. While it runs, `take_changes` is to be called after each step: what it
+        holds is bounded by the blocks that were published and taken since."""
+        if not watched:
+            self._changes = None
+        elif self._changes is None:
+            self._changes = {}
+
+    def take_changes(self) -> CacheChanges:
+        """What changed since last asked; nothing while nobody watches."""
+        stored: list[bytes] = []
+        removed: list[bytes] = []
+        if self._changes:
+            for block_hash, found in self._changes.items():
+                (stored if found else removed).append(block_hash)
+            self._changes = {}
+        return CacheChanges(stored, removed)
+
+    def hashes(self) -> list[bytes]:
+        """Every hash that `lookup` finds."""
+        return list(self._by_hash)
 
     def check(self) -> None:
         """Verifies the invariant over the whole pool; raises RuntimeError where it is broken. O(num_blocks)."""
@@ -150,6 +187,12 @@ class BlockPool:
             if block_hash is not None:
                 del self._by_hash[block_hash]
                 self._hashes[block] = None
+                self._note(block_hash, found=False)
         self._refs[block] = 1
         self._full[block] = False
         return block
+
+    def _note(self, block_hash: bytes, *, found: bool) -> None:
+        # Only the last of several changes counts, so the order between hashes doesn't.
+        if self._changes is not None:
+            self._changes[block_hash] = found

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from worker.engine.block_pool import BlockPool
+from worker.engine.block_pool import BlockPool, CacheChanges
 from worker.engine.plan import Clock, Drawn, ModelRunner
 from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from worker.engine.sequence import EndReason, Request, SequenceState
@@ -24,7 +24,7 @@ IDLE_SECONDS_BEFORE_CHECK = 1.0
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """As many requests are there as may."""
 
 
 class NeverFits(Exception):
@@ -67,12 +67,17 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step brought. Steps that only removed sequences are reported too, for the load they leave."""
+    """What one step brought. Steps that only removed sequences are reported too, for the load they leave, and those
+    that only had a snapshot to take."""
 
     number: int
     sequences: list[SequenceReport]
     expired: list[Hashable]
     load: LoadReport
+    cache: CacheChanges
+    """What the prefix cache holds now and didn't before the step, and the other way around; empty if not watched."""
+    snapshot: list[bytes] | None
+    """Hashes of all that the prefix cache holds after the step, if `watch_cache` asked since the last one."""
 
 
 @dataclass(slots=True)
@@ -81,6 +86,9 @@ class _Inbox:
     """With the time of arrival."""
     aborts: deque[tuple[Hashable, int | None]] = field(default_factory=deque)
     """Requests, or single choices of them."""
+    watched: bool = False
+    """Whether the changes of the prefix cache are wanted."""
+    snapshot: bool = False
     stopping: bool = False
 
 
@@ -91,7 +99,7 @@ class Engine:
         deliver: called from the engine's thread with each step's report.
         fault: called from the engine's thread with the keys of the requests in a step that raised; the engine has
             stopped for good by then, and the process is expected to exit.
-        max_waiting: requests that wait at most, those in the inbox counted.
+        max_waiting: requests that may be there beyond `limits.max_running`, those in the inbox counted.
     """
 
     def __init__(
@@ -107,7 +115,7 @@ class Engine:
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, limits)
         self._runner = runner
-        self._max_waiting = max_waiting
+        self._max_requests = limits.max_running + max_waiting
         self._clock = clock
         self._deliver = deliver
         self._fault = fault
@@ -139,7 +147,8 @@ class Engine:
         if not self.scheduler.fits(len(request.prompt_ids) + request.max_tokens):
             raise NeverFits
         with self._wake:
-            if len(self.scheduler.waiting) + len(self._inbox.submits) >= self._max_waiting:
+            # Not by who waits now: of a burst on an idle worker all do until its next step.
+            if len(self._requests) + len(self._inbox.submits) >= self._max_requests:
                 raise QueueFull
             self._inbox.submits.append((request, self._clock()))
             self._wake.notify()
@@ -156,6 +165,14 @@ class Engine:
             self._inbox.aborts.append((key, choice))
             self._wake.notify()
 
+    def watch_cache(self, watched: bool) -> None:
+        """Asks for the prefix cache's changes in every report from the next one on, and for a snapshot in that one; or
+        for no more of them. A snapshot and the changes of all reports behind it are what the cache holds. Any thread.
+        """
+        with self._wake:
+            self._inbox.watched = self._inbox.snapshot = watched
+            self._wake.notify()
+
     def seconds_in_step(self) -> float:
         """How long the running step has taken so far; 0 between steps."""
         started = self._step_started
@@ -164,18 +181,19 @@ class Engine:
     def step(self) -> StepReport | None:
         """Takes in what arrived, runs one step, and returns its report; None if there was nothing to do."""
         now = self._clock()
-        self._take_inbox()
+        snapshot = self._take_inbox()
         late = [key for key, sequences in self._requests.items() if sequences[0].request.deadline <= now]
         for key in late:
             for sequence in list(self._requests[key]):
                 self._end(sequence)
         scheduled = self.scheduler.schedule(now)
-        if not (scheduled.sequences or late or self._aborted_some):
+        if not (scheduled.sequences or late or self._aborted_some or snapshot):
             return None
         reports = self._execute(scheduled, now) if scheduled.sequences else []
         self._aborted_some = False
         self.load = self._count_load()
-        return StepReport(self.steps, reports, late, self.load)
+        cache = self.pool.take_changes()
+        return StepReport(self.steps, reports, late, self.load, cache, self.pool.hashes() if snapshot else None)
 
     def _execute(self, scheduled: Scheduled, now: float) -> list[SequenceReport]:
         self._step_started, self._executing = now, scheduled.sequences
@@ -213,8 +231,10 @@ class Engine:
                 self._end(member)
         return reports
 
-    def _take_inbox(self) -> None:
+    def _take_inbox(self) -> bool:
+        """Takes in what arrived; returns whether a snapshot of the prefix cache is wanted."""
         with self._wake:
+            watched, snapshot, self._inbox.snapshot = self._inbox.watched, self._inbox.snapshot, False
             submits, aborts = self._inbox.submits, self._inbox.aborts
             self._inbox.submits, self._inbox.aborts = deque(), deque()
             for request, arrival in submits:
@@ -228,6 +248,8 @@ class Engine:
             for sequence in aborted:
                 self._end(sequence)
                 self._aborted_some = True
+        self.pool.watch(watched)
+        return snapshot
 
     def _end(self, sequence: SequenceState) -> None:
         """Takes out a sequence that has all of its tokens, or wants no more."""
@@ -270,4 +292,5 @@ class Engine:
             self._wake.wait_for(self._has_work)
 
     def _has_work(self) -> bool:
-        return bool(self._inbox.submits or self._inbox.aborts or self._inbox.stopping)
+        inbox = self._inbox
+        return bool(inbox.submits or inbox.aborts or inbox.snapshot or inbox.stopping)
