@@ -42,6 +42,8 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     presence_penalty: float | None
     logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str] | None
+    allowed_token_ids: Sequence[int] | None
     seed: int | None
     n: int | None
 
@@ -95,6 +97,8 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> gen.Genera
             frequency_penalty=options.get("frequency_penalty"),
             presence_penalty=options.get("presence_penalty"),
             logit_bias=options.get("logit_bias"),
+            bad_words=options.get("bad_words"),
+            allowed_token_ids=options.get("allowed_token_ids"),
             seed=options.get("seed"),
             n=options.get("n"),
         ),

@@ -17,11 +17,13 @@ class ChoiceOutput:
 
     Attributes:
         token_ids: all ids delivered; empty where the request turned ids off.
+        logprobs: one for each id, if asked for.
         finished: how the choice ended; None while it hasn't.
     """
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
+        self.logprobs: list[gen.TokenLogprobs] = []
         self.finished: gen.Finished | None = None
         self._parts: list[str] = []
         self._text_bytes = 0
@@ -41,6 +43,7 @@ class ChoiceOutput:
 
     def _append(self, delta: gen.Delta) -> None:
         self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
         if delta.text:
             self._parts.append(delta.text)
             self._text_bytes += len(delta.text.encode())

@@ -170,6 +170,13 @@ class Client:
             request, lambda message: self._generation.Generate(message, timeout=timeout, metadata=self._metadata)
         )
 
+    def generate_once(
+        self, prompt: str | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> gen.GenerateOnceResponse:
+        """Generates and returns everything when it is done: `choices[0].text`. Arguments are those of `generate`."""
+        request = gen.GenerateOnceRequest(request=generate_request(prompt, options))
+        return _answer(lambda: self._generation.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
+
     def models(self, *, timeout: float | None = None) -> list[models_pb2.ModelInfo]:
         """All served models, in order of name."""
         request = models_pb2.ListModelsRequest()

@@ -43,6 +43,8 @@ class Reason(StrEnum):
     """The model's chat template refused the messages, or ran out of time or memory."""
     DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
     """A live request of the caller has this id."""
+    SUPERSEDED = "SUPERSEDED"
+    """The caller sent the request again under the same id: this stream ends, that one goes on."""
     NO_WORKER = "NO_WORKER"
     """No worker is ready."""
     WORKER_LOST = "WORKER_LOST"
@@ -128,6 +130,13 @@ class QwireError(Exception):
                 detail.Unpack(retry)
                 retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
         return cls(code, status.message, reason=reason, violations=violations, retry_after=retry_after)
+
+    def under(self, path: str) -> QwireError:
+        """The same error about a request that is a field of another: its violations named from there."""
+        violations = [FieldViolation(f"{path}.{found.field}", found.description) for found in self.violations]
+        return QwireError(
+            self.code, self.message, reason=self.reason, violations=violations, retry_after=self.retry_after
+        )
 
     def status_bytes(self) -> bytes:
         """The `google.rpc.Status` that carries this error, serialized."""

@@ -24,6 +24,7 @@ from router.config import RouterConfig
 from router.faces import AdminServicer, ModelServicer, TokenizerServicer
 from router.fleet import Fleet
 from router.generation import GenerationServicer
+from router.placement import POLICIES
 from router.tokenizer_link import TokenizerLink
 from router.worker_link import WorkerLink
 
@@ -35,7 +36,7 @@ async def serve(config: RouterConfig) -> int:
     tokenizer = TokenizerLink(config.tokenizer)
     router_id = uuid.uuid4().hex
     links = [WorkerLink(target, router_id, tokenizer.send) for target in config.worker]
-    fleet = Fleet(links, config.worker_wait)
+    fleet = Fleet(links, config.worker_wait, POLICIES[config.placement])
     generation = GenerationServicer(config, fleet, tokenizer)
 
     public = Server(

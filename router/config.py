@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import click
+
 from qwire.service.config import ConfigError, setting, settings
+from router.placement import POLICIES
 
 
 @settings
@@ -15,12 +18,18 @@ class RouterConfig:
     admin_listen: str = setting(default="", help="Address of AdminService; empty serves none.")
     insecure_bind: bool = setting(default=False, help="Allow an address that other machines can reach, without TLS.")
     worker: tuple[str, ...] = setting(help="A worker's gRPC target; repeatable.", multiple=True)
-    tokenizer: str = setting(help="The tokenizer service's gRPC target.")
+    tokenizer: str = setting(help="The tokenizer service's gRPC target; calls take turns over all its addresses.")
     fleet_secret: str = setting(
         default="", help="Shared by routers and workers of a fleet; keys the cache scopes.", secret=True
     )
     grace: float = setting(default=30.0, help="Seconds that running streams get when the router is told to stop.")
     worker_wait: float = setting(default=10.0, help="Seconds that a call waits for a worker when none is ready.")
+    placement: str = setting(
+        default="prefix",
+        help="Which worker takes a request: prefix (the least wait, its cached prompt counted), least-loaded or"
+        " round-robin.",
+        type=click.Choice(sorted(POLICIES)),
+    )
     max_streams: int = setting(default=1024, help="Streams served at once; one more is refused RESOURCE_EXHAUSTED.")
     max_request_bytes: int = setting(default=4 * 1024 * 1024, help="Size of a request message.")
     max_pending_tokens: int = setting(

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 
+from qwire import prefix
 from qwire.errors import QwireError, Reason
 from qwire.v1 import models_pb2
+from qwire.v1 import worker_pb2 as pb
+from router.placement import Candidate, Policy
 from router.worker_link import WorkerLink
+
+FULL_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request goes."""
+
+    link: WorkerLink
+    worker: pb.WorkerInfo
+    uncached_tokens: int
+    """Prompt tokens that the worker has to compute, as far as the router knows: what the request counts there."""
 
 
 class Fleet:
-    """All worker links of the router."""
+    """All worker links of the router.
 
-    def __init__(self, links: list[WorkerLink], worker_wait: float) -> None:
+    Args:
+        worker_wait: seconds that a call waits for a worker when none is ready.
+        policy: makes what chooses among a model's workers.
+    """
+
+    def __init__(self, links: list[WorkerLink], worker_wait: float, policy: Callable[[], Policy]) -> None:
         self.links = links
         self._worker_wait = worker_wait
+        self._policy = policy
+        self._policies: dict[str, Policy] = {}
+        """One a model, or the turns of one would be taken by another."""
 
     def models(self) -> list[models_pb2.ModelInfo]:
         """Models of the workers linked now or before, by name."""
@@ -43,14 +67,52 @@ class Fleet:
             await self._until_ready(lambda link: True)
         return self.model(name)
 
-    async def place(self, model: str) -> WorkerLink:
-        """The least loaded ready worker of a model; waits a bounded time for one. Raises QwireError UNAVAILABLE."""
+    def refuse_if_full(self, model: str) -> None:
+        """Raises QwireError RESOURCE_EXHAUSTED where every ready worker of a model has all that it takes."""
+        links = self._ready(model)
+        if links and all(link.full for link in links):
+            raise QwireError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "every worker of the model has as many requests as it takes",
+                reason=Reason.OVERLOADED,
+                retry_after=FULL_RETRY_SECONDS,
+            )
 
-        def serves(link: WorkerLink) -> bool:
-            return link.info is not None and link.info.model.name == model
+    async def place(self, model: str, prompt_ids: Sequence[int], scope: bytes, *, bypass: bool = False) -> Place:
+        """Chooses a ready worker of a model, after a bounded wait for one. Nothing may be awaited between this and the
+        submit, or others choose without knowing of it.
 
-        await self._until_ready(serves)
-        return min((link for link in self.links if link.ready and serves(link)), key=lambda link: link.streams)
+        Args:
+            scope: whose requests share cached blocks.
+            bypass: the request leaves the prefix cache alone.
+
+        Raises:
+            QwireError: UNAVAILABLE where none gets ready, RESOURCE_EXHAUSTED where all are full.
+        """
+        await self._until_ready(lambda link: link.info is not None and link.info.model.name == model)
+        self.refuse_if_full(model)
+        chains: dict[tuple[bytes, str, int], list[bytes]] = {}
+        candidates = {}
+        for index, link in enumerate(self.links):
+            info = link.info
+            if not link.ready or link.full or info is None or info.model.name != model:
+                continue
+            cached = 0
+            if not bypass and len(link.cache):
+                profile = (info.model_fingerprint, info.kv_dtype, info.block_size)
+                if profile not in chains:
+                    chains[profile] = _usable_hashes(prompt_ids, *profile, scope)
+                cached = link.cache.leading(chains[profile]) * info.block_size
+            candidates[index] = Candidate(index, link.streams, link.pending_tokens, info.max_running, cached)
+        policy = self._policies.setdefault(model, self._policy())
+        chosen = policy.choose(list(candidates.values()), len(prompt_ids))
+        link = self.links[chosen.index]
+        if link.info is None:
+            raise RuntimeError("a ready link has no worker")
+        return Place(link, link.info, len(prompt_ids) - chosen.cached_tokens)
+
+    def _ready(self, model: str) -> list[WorkerLink]:
+        return [link for link in self.links if link.ready and link.info is not None and link.info.model.name == model]
 
     async def _until_ready(self, wanted: Callable[[WorkerLink], bool]) -> None:
         deadline = time.monotonic() + self._worker_wait
@@ -70,3 +132,9 @@ class Fleet:
     @property
     def any_ready(self) -> bool:
         return any(link.ready for link in self.links)
+
+
+def _usable_hashes(ids: Sequence[int], fingerprint: bytes, kv_dtype: str, block_size: int, scope: bytes) -> list[bytes]:
+    """Hashes of the blocks that a worker may take from its cache: the last token is always computed."""
+    root = prefix.root(fingerprint, kv_dtype, block_size, "", scope)
+    return prefix.block_hashes(root, ids[: len(ids) - 1], block_size)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import itertools
 import time
-import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
 
 from qwire import prefix
-from qwire.errors import QwireError, Reason
+from qwire.errors import QwireError
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
-from qwire.v1 import generation_pb2_grpc, tokenizer_pb2, worker_pb2
+from qwire.v1 import generation_pb2_grpc, models_pb2, tokenizer_pb2, worker_pb2
+from router.choice import OutputSpec
 from router.config import RouterConfig
-from router.fleet import Fleet
-from router.journal import Journal, StreamSpec
+from router.fleet import Fleet, Place
+from router.journal import Journal
+from router.live_requests import LiveRequests
 from router.tokenizer_link import TokenizerLink, relay
 from router.validation import check, check_prompt, resolve
-from router.worker_link import WorkerLink
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-OVERLOADED_RETRY_SECONDS = 1.0
+PREVIOUS_ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -37,52 +36,25 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._config = config
         self._fleet = fleet
         self._tokenizer = tokenizer
-        self._sequences = itertools.count(1)
-        self._request_ids: set[str] = set()
+        self._next_sequence = 1
+        self._live = LiveRequests(config.max_streams)
 
     @property
     def active_streams(self) -> int:
-        return len(self._request_ids)
+        return len(self._live)
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        arrival = time.monotonic()
-        check(request, self._config)
-        with self._admitted(request) as request_id:
-            model = await self._fleet.find_model(request.model)
-            prompt_ids = await self._prompt_ids(request)
-            check_prompt(request, prompt_ids, model)
-            sampling, stop = resolve(request, len(prompt_ids), model, self._config)
-            spec = StreamSpec(
-                sequence=next(self._sequences),
-                prompt_tokens=len(prompt_ids),
-                stop=stop,
-                want_text=not request.output.HasField("text") or request.output.text,
-                want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
-                max_pending_tokens=self._config.max_pending_tokens,
-            )
-            journal = Journal(spec, arrival, time.monotonic)
-            link = await self._fleet.place(model.name)
-            if link.info is None:
-                raise RuntimeError("a ready link has no worker")
-            submit = self._submit(request, prompt_ids, sampling, stop, link.info, context)
-            async with self._placed(journal, link, submit):
-                await journal.admitted
-                accepted = pb.Accepted(
-                    request_id=request_id,
-                    sampling=sampling,
-                    stop=stop,
-                    prompt_tokens=len(prompt_ids),
-                    numerics_id=link.info.model.numerics_id,
-                )
-                yield pb.GenerateResponse(accepted=accepted)
-                finished = False
-                while not finished:
-                    for message in await journal.next_messages():
-                        finished = message.HasField("finished")
-                        yield message
+    def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        return self._stream(request, context)
 
-    async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> NoReturn:
-        raise not_in_this_release("GenerateOnce")
+    async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> pb.GenerateOnceResponse:
+        answer = pb.GenerateOnceResponse()
+        try:
+            async with aclosing(self._stream(request.request, context)) as messages:
+                async for message in messages:
+                    _collect(answer, message)
+        except QwireError as error:
+            raise error.under("request") from None
+        return answer
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
         raise not_in_this_release("Embed")
@@ -90,42 +62,59 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
         raise not_in_this_release("Score")
 
-    @contextmanager
-    def _admitted(self, request: pb.GenerateRequest) -> Iterator[str]:
-        """Holds one of `max_streams` slots and the request's id. Raises QwireError before anything is computed."""
-        if len(self._request_ids) >= self._config.max_streams:
-            raise QwireError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._config.max_streams} streams are served already",
-                reason=Reason.OVERLOADED,
-                retry_after=OVERLOADED_RETRY_SECONDS,
+    async def _stream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
+        arrival = time.monotonic()
+        check(request, self._config)
+        request_id = request.request_id if request.HasField("request_id") else None
+        async with self._live.admit(request_id, again=_was_sent_before(context)) as live:
+            model = await self._fleet.find_model(request.model)
+            self._fleet.refuse_if_full(model.name)  # before anything is computed for it
+            prompt_ids = await self._prompt_ids(request)
+            check_prompt(request, prompt_ids, model, self._config)
+            sampling, stop = resolve(request, len(prompt_ids), model, self._config)
+            spec = OutputSpec(
+                stop=stop,
+                want_text=not request.output.HasField("text") or request.output.text,
+                want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
+                max_pending_tokens=self._config.max_pending_tokens,
             )
-        request_id = request.request_id if request.HasField("request_id") else uuid.uuid4().hex
-        if request_id in self._request_ids:
-            raise QwireError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                "a live request has this request_id",
-                reason=Reason.DUPLICATE_REQUEST_ID,
-            )
-        self._request_ids.add(request_id)
-        try:
-            yield request_id
-        finally:
-            self._request_ids.discard(request_id)
+            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt_ids), arrival, time.monotonic)
+            live.attach(journal)
+            bad_words = await self._bad_words(request)
+            scope = self._scope(request)
+            place = await self._fleet.place(model.name, prompt_ids, scope, bypass=request.prefix_cache.bypass)
+            live.check()
+            params = resolved_params(sampling, stop, request.output, bad_words, place.worker.model)
+            submit = self._submit(request, prompt_ids, sampling.n, params, place.worker, scope, context)
+            async with self._placed(journal, place, submit, detokenized=spec.detokenized):
+                await journal.admitted
+                accepted = pb.Accepted(
+                    request_id=live.request_id,
+                    sampling=sampling,
+                    stop=stop,
+                    prompt_tokens=len(prompt_ids),
+                    numerics_id=place.worker.model.numerics_id,
+                )
+                yield pb.GenerateResponse(accepted=accepted)
+                while not journal.finished:
+                    for message in await journal.next_messages():
+                        yield message
 
     @asynccontextmanager
-    async def _placed(self, journal: Journal, link: WorkerLink, submit: worker_pb2.Submit) -> AsyncIterator[None]:
+    async def _placed(
+        self, journal: Journal, place: Place, submit: worker_pb2.Submit, *, detokenized: bool
+    ) -> AsyncIterator[None]:
         """Places a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
-        if journal.spec.detokenized:
+        if detokenized:
             self._tokenizer.open(journal)
         try:
-            attempt = link.submit(journal, submit)
+            attempt = place.link.submit(journal, submit, place.uncached_tokens)
             try:
                 yield
             finally:
-                link.release(attempt, finished=journal.ended_at_worker)
+                place.link.release(attempt, finished=journal.ended_at_worker)
         finally:
-            self._tokenizer.release(journal.spec.sequence)
+            self._tokenizer.release(journal)
 
     async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("input"):
@@ -139,32 +128,92 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 render = tokenizer_pb2.RenderChatRequest(model=request.model, chat=request.chat)
                 return list((await relay(self._tokenizer.stub.RenderChat(render))).token_ids)
 
+    async def _bad_words(self, request: pb.GenerateRequest) -> list[list[int]]:
+        """The ids of each bad word, as a word by itself and behind a space."""
+        texts = [text for word in request.sampling.bad_words for text in (word, f" {word}")]
+        if not texts:
+            return []
+        encode = tokenizer_pb2.EncodeRequest(
+            model=request.model, texts=texts, add_special_tokens=False, special_tokens_as_text=True
+        )
+        encoded = await relay(self._tokenizer.stub.Encode(encode))
+        distinct = dict.fromkeys(tuple(encoding.ids) for encoding in encoded.encodings)
+        return [list(ids) for ids in distinct if ids]
+
+    def _name_sequences(self, count: int) -> range:
+        first = self._next_sequence
+        self._next_sequence += count
+        return range(first, self._next_sequence)
+
+    def _scope(self, request: pb.GenerateRequest) -> bytes:
+        """Whose cached blocks the request may share."""
+        message = b"\0" + request.prefix_cache.scope.encode()
+        return hmac.digest(self._config.fleet_secret.encode(), message, hashlib.sha256)[:16]
+
     def _submit(
         self,
         request: pb.GenerateRequest,
         prompt_ids: list[int],
-        sampling: pb.SamplingParams,
-        stop: pb.StopOptions,
+        choices: int,
+        params: worker_pb2.ResolvedParams,
         worker: worker_pb2.WorkerInfo,
+        scope: bytes,
         context: Context,
     ) -> worker_pb2.Submit:
-        scope = hmac.digest(
-            self._config.fleet_secret.encode(), b"\0" + request.prefix_cache.scope.encode(), hashlib.sha256
-        )[:16]
         remaining = context.time_remaining()
         return worker_pb2.Submit(
             prompt_ids=prompt_ids,
-            params=worker_pb2.ResolvedParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                seed=sampling.seed,
-                max_tokens=stop.max_tokens,
-                stop_token_ids=stop.token_ids,
-                eos_token_ids=() if stop.ignore_eos else worker.model.eos_token_ids,
-            ),
+            choices=[worker_pb2.SubmitChoice() for _ in range(choices)],
+            params=params,
             remaining_ms=None if remaining is None else max(0, round(remaining * 1000)),
             prefix_root=prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope),
             bypass_prefix_cache=request.prefix_cache.bypass,
         )
+
+
+def _was_sent_before(context: Context) -> bool:
+    """Whether gRPC's own retries sent this call: a client that repeats one by itself doesn't name earlier attempts."""
+    return any(key == PREVIOUS_ATTEMPTS_KEY for key, _ in context.invocation_metadata() or ())
+
+
+def resolved_params(
+    sampling: pb.SamplingParams,
+    stop: pb.StopOptions,
+    output: pb.OutputOptions,
+    bad_words: list[list[int]],
+    model: models_pb2.ModelInfo,
+) -> worker_pb2.ResolvedParams:
+    """What a worker is told of how to draw and when to end."""
+    return worker_pb2.ResolvedParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_words=[tokenizer_pb2.TokenIds(ids=ids) for ids in bad_words],
+        max_tokens=stop.max_tokens,
+        min_tokens=stop.min_tokens,
+        stop_token_ids=stop.token_ids,
+        eos_token_ids=() if stop.ignore_eos else model.eos_token_ids,
+        logprobs=output.logprobs if output.HasField("logprobs") else None,
+    )
+
+
+def _collect(answer: pb.GenerateOnceResponse, message: pb.GenerateResponse) -> None:
+    """Adds a stream's message to the answer that it becomes."""
+    match message.WhichOneof("event"):
+        case "accepted":
+            answer.accepted.CopyFrom(message.accepted)
+            answer.choices.extend(pb.GeneratedChoice() for _ in range(message.accepted.sampling.n))
+        case "delta":
+            choice = answer.choices[message.delta.choice]
+            choice.token_ids.extend(message.delta.token_ids)
+            choice.logprobs.extend(message.delta.logprobs)
+            choice.text += message.delta.text
+        case "finished":
+            answer.choices[message.finished.choice].finished.CopyFrom(message.finished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
@@ -25,13 +26,37 @@ OUTBOX_MESSAGES = 65_536
 """Messages that may wait before streams are failed. Closing a sequence is never refused: it was opened before."""
 RECONNECT_SECONDS = 0.1
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+SERVICE_CONFIG = json.dumps(
+    {
+        # Calls take turns over all addresses that the target resolves to; the Detokenize stream stays where it began.
+        "loadBalancingConfig": [{"round_robin": {}}],
+        # A service that dies takes the calls with it that were just sent there. They change nothing: another may have
+        # them. Calls over gRPC's retry buffer of 256 KiB aren't tried again.
+        "methodConfig": [
+            {
+                "name": [{"service": _SERVICE, "method": method} for method in ("Encode", "Decode", "RenderChat")],
+                "retryPolicy": {
+                    "maxAttempts": 3,
+                    "initialBackoff": "0.02s",
+                    "maxBackoff": "0.2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ],
+    }
+)
+
 
 class TokenizerLink:
-    """The tokenizer service at `target`. `run` keeps the Detokenize stream up."""
+    """The tokenizer service at `target`, or several at all the addresses that it resolves to, such as
+    `ipv4:10.0.0.1:50071,10.0.0.2:50071`. `run` keeps the Detokenize stream up."""
 
     def __init__(self, target: str) -> None:
         options = [
             *LINK_OPTIONS,
+            ("grpc.service_config", SERVICE_CONFIG),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.initial_reconnect_backoff_ms", 50),
@@ -41,13 +66,14 @@ class TokenizerLink:
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
         self._target = target
         self._journals: dict[int, Journal] = {}
+        """By the sequences of their choices."""
         self._outbox: asyncio.Queue[pb.DetokenizeRequest | None] | None = None
 
     async def run(self) -> None:
         """Opens the Detokenize stream, and again whenever it ends, until cancelled."""
         while True:
             outbox = self._outbox = asyncio.Queue()
-            for journal in self._journals.values():
+            for journal in dict.fromkeys(self._journals.values()):
                 self.send(journal.open_requests())
             try:
                 async for response in self.stub.Detokenize(self._requests(outbox), wait_for_ready=True):
@@ -64,14 +90,15 @@ class TokenizerLink:
         await self.channel.close()
 
     def open(self, journal: Journal) -> None:
-        """Starts a sequence; should the stream be opened again, the sequence goes on where its text stands."""
-        self._journals[journal.spec.sequence] = journal
+        """Starts a sequence for each choice; should the stream be opened again, they go on where their text stands."""
+        self._journals.update(dict.fromkeys(journal.sequences, journal))
         self.send(journal.open_requests())
 
-    def release(self, sequence: int) -> None:
-        """Forgets a sequence."""
-        if self._journals.pop(sequence, None) is not None:
-            self.send([pb.DetokenizeRequest(close=pb.DetokenizeClose(sequence=sequence))])
+    def release(self, journal: Journal) -> None:
+        """Forgets a journal's sequences."""
+        known = [sequence for sequence in journal.sequences if self._journals.pop(sequence, None) is not None]
+        if known:
+            self.send([pb.DetokenizeRequest(close=pb.DetokenizeClose(sequence=sequence)) for sequence in known])
 
     def send(self, requests: list[pb.DetokenizeRequest]) -> None:
         """Sends requests in order as one message. While the stream is down they are dropped: opening it again sends

@@ -22,6 +22,7 @@ from router.config import RouterConfig
 
 MAX_REQUEST_ID = 128
 MAX_TEMPERATURE = 100.0
+MAX_LOGIT_BIAS = 100
 MAX_SCOPE_BYTES = 128
 MAX_TEMPLATE_ARGUMENTS_BYTES = 16 * 1024
 MAX_TOOL_CALLS = 128
@@ -46,9 +47,8 @@ class Violations:
     def add(self, name: str, description: str) -> None:
         self.wrong.append(FieldViolation(name, description))
 
-    def not_yet(self, name: str, neutral: float | None = None) -> None:
-        what = "" if neutral is None else f"other than {neutral:g} "
-        self.absent.append(FieldViolation(name, f"{what}is not in this release"))
+    def not_yet(self, name: str) -> None:
+        self.absent.append(FieldViolation(name, "is not in this release"))
 
     def raise_if_any(self) -> None:
         found = [*self.wrong, *self.absent]
@@ -179,12 +179,15 @@ def _check_sampling(sampling: pb.SamplingParams, config: RouterConfig, found: Vi
         entries = getattr(sampling, name)
         if len(entries) > limit:
             found.add(f"sampling.{name}", f"must have at most {limit} entries, not {len(entries)}")
-        elif entries:
-            found.not_yet(f"sampling.{name}")
-    for name, neutral in (("repetition_penalty", 1), ("frequency_penalty", 0), ("presence_penalty", 0), ("n", 1)):
-        wrong = any(violation.field == f"sampling.{name}" for violation in found.wrong)
-        if sampling.HasField(name) and getattr(sampling, name) != neutral and not wrong:  # type: ignore[arg-type]
-            found.not_yet(f"sampling.{name}", neutral)
+    for token, bias in sampling.logit_bias.items():
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            found.add(
+                f"sampling.logit_bias[{token}]", f"must be in [-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}], not {bias:g}"
+            )
+    for index, word in enumerate(sampling.bad_words[: config.max_bad_words]):
+        size = len(word.encode())
+        if not 1 <= size <= config.max_stop_string_bytes:
+            found.add(f"sampling.bad_words[{index}]", f"must be 1 to {config.max_stop_string_bytes} bytes, not {size}")
 
 
 def _check_stop(stop: pb.StopOptions, config: RouterConfig, found: Violations) -> None:
@@ -201,22 +204,20 @@ def _check_stop(stop: pb.StopOptions, config: RouterConfig, found: Violations) -
     if stop.HasField("min_tokens"):
         if stop.min_tokens < 0:
             found.add("stop.min_tokens", f"must not be negative: {stop.min_tokens}")
-        elif stop.min_tokens > 0:
-            found.not_yet("stop.min_tokens", 0)
+        elif stop.HasField("max_tokens") and stop.min_tokens > stop.max_tokens >= 1:
+            found.add("stop.min_tokens", f"must be at most max_tokens {stop.max_tokens}, not {stop.min_tokens}")
 
 
 def _check_output(output: pb.OutputOptions, config: RouterConfig, found: Violations) -> None:
-    for name in ("logprobs", "prompt_logprobs"):
-        if not output.HasField(name):
-            continue
-        value = getattr(output, name)
-        if not 0 <= value <= config.max_logprobs:
-            found.add(f"output.{name}", f"must be in [0, {config.max_logprobs}], not {value}")
-        else:
-            found.not_yet(f"output.{name}")
+    if output.HasField("logprobs") and not 0 <= output.logprobs <= config.max_logprobs:
+        found.add("output.logprobs", f"must be in [0, {config.max_logprobs}], not {output.logprobs}")
+    if output.HasField("prompt_logprobs"):
+        found.not_yet("output.prompt_logprobs")
 
 
-def check_prompt(request: pb.GenerateRequest, prompt_ids: list[int], model: models_pb2.ModelInfo) -> None:
+def check_prompt(
+    request: pb.GenerateRequest, prompt_ids: list[int], model: models_pb2.ModelInfo, config: RouterConfig
+) -> None:
     """Checks what depends on the model and on the prompt's tokens. Raises QwireError INVALID_ARGUMENT."""
     found = Violations()
     given_ids = request.WhichOneof("input") == "token_ids"
@@ -228,9 +229,15 @@ def check_prompt(request: pb.GenerateRequest, prompt_ids: list[int], model: mode
                     f"token_ids.ids[{index}]", f"must be below the vocabulary size {model.vocab_size}, not {token}"
                 )
                 break  # one such id says it all; a million of them would not fit an answer
-    for index, token in enumerate(request.stop.token_ids):
-        if token >= model.vocab_size:
-            found.add(f"stop.token_ids[{index}]", f"must be below the vocabulary size {model.vocab_size}, not {token}")
+    for name, ids in (
+        ("stop.token_ids", list(request.stop.token_ids)),
+        ("sampling.allowed_token_ids", list(request.sampling.allowed_token_ids)),
+        ("sampling.logit_bias", sorted(request.sampling.logit_bias)),
+    ):
+        for index, token in enumerate(ids):
+            if token >= model.vocab_size:
+                key = token if name == "sampling.logit_bias" else index
+                found.add(f"{name}[{key}]", f"must be below the vocabulary size {model.vocab_size}, not {token}")
     if not prompt_ids:
         found.add(where, "gives no tokens")
     if len(prompt_ids) >= model.context_length:
@@ -245,6 +252,8 @@ def check_prompt(request: pb.GenerateRequest, prompt_ids: list[int], model: mode
             f"must be at most {model.context_length - len(prompt_ids)}: {len(prompt_ids)} prompt tokens and "
             f"{request.stop.max_tokens} more exceed the context length {model.context_length} of {model.name}",
         )
+    elif request.stop.min_tokens > (most := _max_tokens(request, len(prompt_ids), model, config)):
+        found.add("stop.min_tokens", f"must be at most the {most} tokens that can be generated")
     found.raise_if_any()
 
 
@@ -258,24 +267,34 @@ def resolve(
         top_p=asked.top_p if asked.HasField("top_p") else default.top_p,
         top_k=asked.top_k if asked.HasField("top_k") else default.top_k,
         min_p=asked.min_p if asked.HasField("min_p") else default.min_p,
-        repetition_penalty=1.0,
-        frequency_penalty=0.0,
-        presence_penalty=0.0,
+        repetition_penalty=asked.repetition_penalty
+        if asked.HasField("repetition_penalty")
+        else default.repetition_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        presence_penalty=asked.presence_penalty,
+        logit_bias=asked.logit_bias,
         seed=asked.seed if asked.HasField("seed") else _seed(request),
-        n=1,
+        n=asked.n if asked.HasField("n") else 1,
+        bad_words=asked.bad_words,
+        allowed_token_ids=asked.allowed_token_ids,
     )
-    room = model.context_length - prompt_tokens
     stop = pb.StopOptions(
         strings=request.stop.strings,
         token_ids=request.stop.token_ids,
-        max_tokens=request.stop.max_tokens
-        if request.stop.HasField("max_tokens")
-        else min(room, config.default_max_tokens),
-        min_tokens=0,
+        max_tokens=_max_tokens(request, prompt_tokens, model, config),
+        min_tokens=request.stop.min_tokens,
         ignore_eos=request.stop.ignore_eos,
         include_stop=request.stop.include_stop,
     )
     return sampling, stop
+
+
+def _max_tokens(
+    request: pb.GenerateRequest, prompt_tokens: int, model: models_pb2.ModelInfo, config: RouterConfig
+) -> int:
+    if request.stop.HasField("max_tokens"):
+        return request.stop.max_tokens
+    return min(model.context_length - prompt_tokens, config.default_max_tokens)
 
 
 def _seed(request: pb.GenerateRequest) -> int:

@@ -17,7 +17,9 @@ from qwire.errors import QwireError, Reason
 from qwire.service.server import LINK_OPTIONS
 from qwire.v1 import tokenizer_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
-from router.journal import IndexGap, Journal
+from router.cache_index import CacheIndex
+from router.choice import IndexGap
+from router.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +40,16 @@ class WorkerLink:
         self.info: pb.WorkerInfo | None = None
         """What the worker said of itself when last linked."""
         self.load = pb.Load()
+        self.cache = CacheIndex()
+        """What its prefix cache holds."""
         self.ready = False
         self.changed = asyncio.Event()
         """Set, and replaced, whenever `ready` changes."""
         self._router_id = router_id
         self._detokenize = detokenize
         self._journals: dict[int, Journal] = {}
+        self._uncomputed: dict[int, int] = {}
+        """Prompt tokens of those attempts that haven't got their first token."""
         self._attempts = itertools.count(1)
         # Not bounded by itself, so that an abort is never lost: there is one at most for each submit, and those are.
         self._outbox: asyncio.Queue[pb.ServeRequest | None] = asyncio.Queue()
@@ -53,26 +59,43 @@ class WorkerLink:
         """How many requests are placed here."""
         return len(self._journals)
 
+    @property
+    def pending_tokens(self) -> int:
+        """Prompt tokens of those that are still to be computed."""
+        return sum(self._uncomputed.values())
+
+    @property
+    def full(self) -> bool:
+        """Whether as many are placed here as the worker runs and lets wait."""
+        return self.info is not None and self.streams >= self.info.max_running + self.info.max_waiting
+
     async def run(self) -> None:
         """Links, and links again, until cancelled."""
         failures = 0
         while True:
             options = [*LINK_OPTIONS, ("grpc.max_receive_message_length", MAX_FRAME_BYTES)]
             async with grpc.aio.insecure_channel(self.target, options=options) as channel:
+                stub = worker_pb2_grpc.WorkerServiceStub(channel)
+                watch = asyncio.create_task(self.cache.follow(stub))
                 try:
-                    await self._serve(worker_pb2_grpc.WorkerServiceStub(channel))
+                    await self._serve(stub)
                 except grpc.aio.AioRpcError as error:
                     if self.ready or failures == 0:
                         log.warning("link to %s ended: %s", self.target, error.code().name)
                 except IndexGap as error:
                     log.error("link to %s broken by the worker: %s", self.target, error)
+                finally:
+                    watch.cancel()
+                await asyncio.wait([watch])
+                if not watch.cancelled():
+                    watch.result()
             failures = 0 if self.ready else failures + 1
             self._lose()
             await asyncio.sleep(RECONNECT_SECONDS[min(failures, len(RECONNECT_SECONDS) - 1)])
 
-    def submit(self, journal: Journal, submit: pb.Submit) -> int:
-        """Places a request here; returns the number of the attempt. Raises QwireError where the link is down or the
-        worker doesn't read it."""
+    def submit(self, journal: Journal, submit: pb.Submit, uncached_tokens: int = 0) -> int:
+        """Places a request here, of whose prompt `uncached_tokens` are to be computed; returns the number of the
+        attempt. Raises QwireError where the link is down or the worker doesn't read it."""
         if not self.ready or self.info is None:
             raise worker_lost()
         if self._outbox.qsize() >= OUTBOX_FRAMES:
@@ -85,14 +108,26 @@ class WorkerLink:
         attempt = next(self._attempts)
         submit.attempt = attempt
         self._journals[attempt] = journal
+        self._uncomputed[attempt] = uncached_tokens
         journal.submitted(self.info.worker_id)
+        journal.drop_choice = lambda choice: self._drop_choice(attempt, choice)
         self._outbox.put_nowait(pb.ServeRequest(submit=submit))
         return attempt
 
     def release(self, attempt: int, *, finished: bool) -> None:
         """Forgets an attempt, and stops it at the worker unless it is finished there."""
-        if self._journals.pop(attempt, None) is not None and not finished:
+        if self._forget(attempt) is not None and not finished:
             self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(attempts=[attempt])))
+
+    def _forget(self, attempt: int) -> Journal | None:
+        """Drops an attempt and what it counts. Everything that ends one comes through here, or through `_lose`."""
+        self._uncomputed.pop(attempt, None)
+        return self._journals.pop(attempt, None)
+
+    def _drop_choice(self, attempt: int, choice: int) -> None:
+        if attempt in self._journals:
+            dropped = pb.AbortedChoice(attempt=attempt, choice=choice)
+            self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(choices=[dropped])))
 
     async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         outbox = self._outbox = asyncio.Queue()
@@ -123,10 +158,10 @@ class WorkerLink:
             case "refused":
                 if frame.refused.reason == pb.REFUSED_REASON_DRAINING:
                     self._set_ready(False)  # what runs there goes on; what is new waits until it is linked again
-                if journal := self._journals.pop(frame.refused.attempt, None):
+                if journal := self._forget(frame.refused.attempt):
                     journal.fail(_refusal(frame.refused))
             case "failed":
-                if journal := self._journals.pop(frame.failed.attempt, None):
+                if journal := self._forget(frame.failed.attempt):
                     journal.fail(
                         QwireError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed", reason=Reason.DEADLINE)
                     )
@@ -141,6 +176,7 @@ class WorkerLink:
         requests: list[tokenizer_pb2.DetokenizeRequest] = []
         for sequence in step.sequences:
             if (journal := self._journals.get(sequence.attempt)) is not None:
+                self._uncomputed.pop(sequence.attempt, None)  # its prompt is computed
                 requests += journal.receive(sequence)
         if requests:
             self._detokenize(requests)
@@ -149,6 +185,7 @@ class WorkerLink:
         """Fails what was placed here."""
         self._set_ready(False)
         journals, self._journals = self._journals, {}
+        self._uncomputed.clear()
         for journal in journals.values():
             journal.fail(worker_lost())
 

@@ -33,7 +33,7 @@ class WorkerConfig:
     block_size: int = setting(default=16, help="Positions in a KV block: a power of two up to 256.")
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
     max_running: int = setting(default=64, help="Sequences that run at once.")
-    max_waiting: int = setting(default=256, help="Requests that wait; one more is refused.")
+    max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
     tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
     collective_timeout: float = setting(
         default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."

@@ -21,9 +21,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from qwire.errors import QwireError, Reason
 from qwire.prefix import HASH_BYTES
-from qwire.service.status import not_in_this_release
+from qwire.v1 import generation_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
-from qwire.v1 import worker_pb2_grpc
+from worker.cache_feed import CacheFeed
 from worker.engine.engine import Engine, LoadReport, NeverFits, QueueFull, SequenceReport, StepReport
 from worker.engine.plan import SamplingParams
 from worker.engine.sequence import EndReason, Request
@@ -35,6 +35,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 HEARTBEAT_SECONDS = 0.5
 LAST_FRAMES_SECONDS = 1.0
 """For routers to read what is in their outboxes when the worker stops."""
+MAX_CHOICES = 64
 OUTBOX_FRAMES = 1024
 """Frames that wait for one router at most; a link that falls further behind is ended."""
 
@@ -51,8 +52,8 @@ class Link:
 
     number: int
     router_id: str
-    live: set[int] = field(default_factory=set)
-    """Attempts that the engine has."""
+    live: dict[int, set[int]] = field(default_factory=dict)
+    """Attempts that the engine has, each with its choices that are not ended."""
     submits_seen: int = 0
     _outbox: deque[pb.ServeResponse] = field(default_factory=deque)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -71,6 +72,16 @@ class Link:
                     reason=Reason.SLOW_READER,
                 )
             )
+
+    def ended(self, attempt: int, choice: int) -> bool:
+        """Notes the end of a choice; whether it was still going on."""
+        choices = self.live.get(attempt, set())
+        if choice not in choices:
+            return False
+        choices.discard(choice)
+        if not choices:
+            del self.live[attempt]
+        return True
 
     def end(self, error: Exception | None = None) -> None:
         """Lets `frames` finish: at once with an error, else after what is there already."""
@@ -105,6 +116,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
+        self._cache = CacheFeed(engine.watch_cache)
 
     # From the engine's thread.
 
@@ -120,13 +132,15 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         return pb.GetWorkerInfoResponse(info=self.info)
 
     def WatchCache(self, request: pb.WatchCacheRequest, context: Context) -> AsyncIterator[pb.WatchCacheResponse]:
-        raise not_in_this_release("WatchCache")
+        if self._draining:
+            raise _draining()
+        return self._cache.messages()
 
     async def Serve(
         self, request_iterator: AsyncIterator[pb.ServeRequest], context: Context
     ) -> AsyncIterator[pb.ServeResponse]:
         if self._draining:
-            raise QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
+            raise _draining()
         hello = await anext(request_iterator, None)
         if hello is None or hello.WhichOneof("frame") != "hello":
             raise QwireError(
@@ -160,6 +174,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
         while busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self._cache.end(_draining())
         for link in self._links.values():
             link.end()
         deadline = time.monotonic() + LAST_FRAMES_SECONDS
@@ -182,8 +197,12 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
                 self._submit(link, request.submit)
             case "abort":
                 aborted = [attempt for attempt in request.abort.attempts if attempt in link.live]
-                link.live.difference_update(aborted)
+                for attempt in aborted:
+                    del link.live[attempt]
                 self._engine.abort([(link.number, attempt) for attempt in aborted])
+                for dropped in request.abort.choices:
+                    if link.ended(dropped.attempt, dropped.choice):
+                        self._engine.abort_choice((link.number, dropped.attempt), dropped.choice)
             case frame:
                 raise QwireError(
                     grpc.StatusCode.INVALID_ARGUMENT,
@@ -218,7 +237,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             except NeverFits:
                 reason = pb.REFUSED_REASON_TOO_LARGE
         if reason is None:
-            link.live.add(submit.attempt)
+            link.live[submit.attempt] = set(range(len(submit.choices)))
             link.send(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
             return
         refused = pb.Refused(attempt=submit.attempt, reason=reason)
@@ -234,13 +253,19 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         return (
             len(submit.prompt_ids) > 0
             and max(submit.prompt_ids) < vocab_size
-            and len(generated) <= 1
+            and 1 <= len(generated) <= MAX_CHOICES
             and all(len(ids) < params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
             and params.max_tokens >= 1
             and (submit.bypass_prefix_cache or len(submit.prefix_root) == HASH_BYTES)
             and 0 <= params.temperature < math.inf
             and 0 < params.top_p <= 1
             and 0 <= params.min_p < 1
+            and 0 < params.repetition_penalty < math.inf
+            and all(
+                map(math.isfinite, (params.frequency_penalty, params.presence_penalty, *params.logit_bias.values()))
+            )
+            and max((*params.logit_bias, *params.allowed_token_ids), default=0) < vocab_size
+            and all(word.ids and max(word.ids) < vocab_size for word in params.bad_words)
         )
 
     def _request(self, link: Link, submit: pb.Submit) -> Request:
@@ -248,9 +273,11 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         return Request(
             key=(link.number, submit.attempt),
             prompt_ids=list(submit.prompt_ids),
-            generated_ids=list(submit.choices[0].generated_ids) if submit.choices else (),
-            sampling=SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed),
+            choices=[list(choice.generated_ids) for choice in submit.choices],
+            sampling=_sampling(params),
             max_tokens=params.max_tokens,
+            min_tokens=params.min_tokens,
+            bad_words=[list(word.ids) for word in params.bad_words],
             eos_ids=frozenset(params.eos_token_ids),
             stop_ids=frozenset(params.stop_token_ids),
             prefix_root=submit.prefix_root,
@@ -259,23 +286,24 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         )
 
     def _on_step(self, report: StepReport) -> None:
+        self._cache.take(report.snapshot, report.cache)
         frames = {
             number: pb.Step(number=report.number, load=_load(report.load, link)) for number, link in self._links.items()
         }
         for sequence in report.sequences:
             number, attempt = _link_and_attempt(sequence.key)
             link = self._links.get(number)
-            if link is None or attempt not in link.live:
+            if link is None or sequence.choice not in link.live.get(attempt, ()):
                 continue  # aborted while the step ran
             frames[number].sequences.append(_sequence_step(attempt, sequence))
             if sequence.end is not None:
-                link.live.discard(attempt)
+                link.ended(attempt, sequence.choice)
         for number, frame in frames.items():
             self._links[number].send(pb.ServeResponse(step=frame))
         for key in report.expired:
             number, attempt = _link_and_attempt(key)
             if (link := self._links.get(number)) is not None and attempt in link.live:
-                link.live.discard(attempt)
+                del link.live[attempt]
                 link.send(pb.ServeResponse(failed=pb.Failed(attempt=attempt, reason=pb.FAILED_REASON_DEADLINE)))
 
     def _on_fault(self, keys: list[Hashable]) -> None:
@@ -285,6 +313,26 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             attempts = [attempt for owner, attempt in pairs if owner == number and attempt in link.live]
             link.send(pb.ServeResponse(fault=pb.Fault(attempts=attempts)))
         self.faulted.set()
+
+
+def _draining() -> QwireError:
+    return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
+
+
+def _sampling(params: pb.ResolvedParams) -> SamplingParams:
+    return SamplingParams(
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.seed,
+        params.repetition_penalty,
+        params.frequency_penalty,
+        params.presence_penalty,
+        dict(params.logit_bias),
+        tuple(params.allowed_token_ids),
+        params.logprobs if params.HasField("logprobs") else None,
+    )
 
 
 def _link_and_attempt(key: Hashable) -> tuple[int, int]:
@@ -303,11 +351,22 @@ def _load(load: LoadReport, link: Link) -> pb.Load:
         blocks_cached=load.blocks_cached,
         blocks_free=load.blocks_free,
         submits_seen=link.submits_seen,
+        preemptions=load.preemptions,
     )
 
 
 def _sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
-    step = pb.SequenceStep(attempt=attempt, token_index=report.token_index, token_ids=report.token_ids)
+    drawn = report.drawn
+    step = pb.SequenceStep(
+        attempt=attempt, choice=report.choice, token_index=report.token_index, token_ids=[drawn.token_id]
+    )
+    if drawn.logprob is not None:
+        step.logprobs.append(
+            generation_pb2.TokenLogprobs(
+                drawn=generation_pb2.TokenLogprob(token_id=drawn.token_id, logprob=drawn.logprob),
+                top=[generation_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in drawn.top],
+            )
+        )
     if report.start is not None:
         step.start.CopyFrom(
             pb.SequenceStart(

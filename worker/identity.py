@@ -59,7 +59,7 @@ def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
         num_blocks=runner.num_blocks,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
-        features=[pb.FEATURE_SAMPLING],
+        features=[pb.FEATURE_SAMPLING, pb.FEATURE_PENALTIES, pb.FEATURE_LOGPROBS, pb.FEATURE_CHOICES],
         backend="reference",
         model_fingerprint=fingerprint,
         kv_dtype=dtype,
@@ -75,7 +75,7 @@ def default_sampling(model: ModelConfig) -> models_pb2.DefaultSampling:
         top_p=1.0 if given.top_p is None else given.top_p,
         top_k=given.top_k or 0,
         min_p=given.min_p or 0.0,
-        repetition_penalty=1.0,  # penalties are not in this release: a default could not be kept
+        repetition_penalty=given.repetition_penalty or 1.0,
     )
 
 

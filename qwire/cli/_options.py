@@ -20,6 +20,17 @@ def id_list(value: str) -> list[int]:
     return [int(item) for item in items]
 
 
+def bias(value: str) -> tuple[int, float]:
+    """ID=BIAS; a usage error if it is something else."""
+    token, separator, amount = value.partition("=")
+    try:
+        if separator and token.isascii() and token.isdecimal():
+            return int(token), float(amount)
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{value!r} is not of the form 42=-1.5")
+
+
 def _all(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         for option in reversed(options):
@@ -55,6 +66,21 @@ def sampling_options(function: _Function) -> _Function:
         click.option("--repetition-penalty", type=float, help="Divides logits of tokens that were there; 1 is off."),
         click.option("--frequency-penalty", type=float, help="Subtracted for each time the output holds a token."),
         click.option("--presence-penalty", type=float, help="Subtracted if the output holds a token."),
+        click.option(
+            "--logit-bias",
+            type=bias,
+            multiple=True,
+            metavar="ID=BIAS",
+            help="Add to the logit of a token; repeatable.",
+        ),
+        click.option("--bad-words", multiple=True, metavar="TEXT", help="Don't say this word; repeatable."),
+        click.option(
+            "--allowed-token-ids",
+            type=id_list,
+            metavar="ID,ID,...",
+            multiple=True,
+            help="Draw only these ids; repeatable, or with commas.",
+        ),
         click.option("--seed", type=int, help="The same request and seed give the same tokens."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop at this text; repeatable."),
         click.option(
@@ -72,7 +98,11 @@ def sampling_options(function: _Function) -> _Function:
     )(function)
 
 
-def flatten_stop_token_ids(options: dict[str, Any]) -> dict[str, Any]:
+def flatten_lists(options: dict[str, Any]) -> dict[str, Any]:
     """Repeated lists to one, and repeatable options that weren't given to unset."""
-    ids = [item for items in options.pop("stop_token_ids") for item in items]
-    return {**options, "stop": list(options["stop"]) or None, "stop_token_ids": ids or None}
+    flat = {
+        name: [item for items in options[name] for item in items] for name in ("stop_token_ids", "allowed_token_ids")
+    }
+    plain = {name: list(options[name]) for name in ("stop", "bad_words")}
+    lists = {name: items or None for name, items in {**flat, **plain}.items()}
+    return {**options, **lists, "logit_bias": dict(options["logit_bias"]) or None}

@@ -25,7 +25,7 @@ def chat(address: str, model: str | None, system: str | None, **options: Any) ->
     """Talks with a model, turn by turn."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # Gives input() a history and line editing.
-    settings = {**_options.flatten_stop_token_ids(options), "model": model}
+    settings = {**_options.flatten_lists(options), "model": model}
     start = [{"role": "system", "content": system}] if system is not None else []
     history = list(start)
     click.echo(_HELP, err=True)

@@ -35,7 +35,7 @@ def generate(address: str, timeout: float | None, as_json: bool, messages: TextI
     Exactly one of --prompt, --chat, --messages and --token-ids is needed.
     """
     prompt = options.pop("prompt")
-    options = {**_options.flatten_stop_token_ids(options), "messages": _read(messages)}
+    options = {**_options.flatten_lists(options), "messages": _read(messages)}
     try:
         request = generate_request(prompt, options)  # type: ignore[arg-type]  # The names are GenerateOptions' own.
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sys
 
@@ -22,6 +23,13 @@ _MARGIN_SECONDS = 5.0
 @click.option("--dtype", metavar="NAME", help="What weights are computed in, such as float32.")
 @click.option("--kv-cache-mib", type=click.IntRange(1), metavar="MIB", help="Memory for each worker's KV cache.")
 @click.option("--workers", type=click.IntRange(1, 999), default=1, help="Worker processes, each with the whole model.")
+@click.option(
+    "--placement",
+    type=click.Choice(["prefix", "least-loaded", "round-robin"]),
+    default="prefix",
+    show_default=True,
+    help="Which worker takes a request.",
+)
 @click.option("--grace", type=click.FloatRange(0), default=30.0, metavar="SECONDS", help="Time to drain when stopped.")
 @click.option("--worker-flags", default="", metavar="'--FLAG VALUE ...'", help="More flags for `worker serve`.")
 @click.option("--router-flags", default="", metavar="'--FLAG VALUE ...'", help="More flags for `router serve`.")
@@ -32,6 +40,7 @@ def up(
     dtype: str | None,
     kv_cache_mib: int | None,
     workers: int,
+    placement: str,
     grace: float,
     worker_flags: str,
     router_flags: str,
@@ -42,6 +51,9 @@ def up(
     """
     flags = [] if dtype is None else ["--dtype", dtype]
     flags += [] if kv_cache_mib is None else ["--kv-cache-mib", str(kv_cache_mib)]
+    # Workers that each take every core for themselves are slower together than one alone. What the user says comes
+    # later on the command line, and wins.
+    flags += [] if workers == 1 else ["--threads", str(max(1, len(os.sched_getaffinity(0)) // workers))]
     try:
         config = StackConfig(
             model=hub.resolve(model, sys.stderr),
@@ -49,7 +61,7 @@ def up(
             listen=listen,
             workers=workers,
             worker_flags=[*flags, *shlex.split(worker_flags)],
-            router_flags=["--grace", f"{grace:g}", *shlex.split(router_flags)],
+            router_flags=["--placement", placement, "--grace", f"{grace:g}", *shlex.split(router_flags)],
             # The router ends what is left by itself; this is for one that hangs.
             router_grace=grace + _MARGIN_SECONDS,
         )

@@ -239,34 +239,34 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drop tokens less probable than this times the most probable one; in [0, 1), 0 is off."""
     repetition_penalty: _builtins.float
-    """Divides (if > 1) the logits of tokens that prompt or output hold; in (0, 10], 1 is off. Values other than 1 are
-    not in this release: INVALID_ARGUMENT.
+    """Makes tokens that prompt or output hold less likely: their logits are divided by it where positive, multiplied
+    by it where negative; in (0, 10], 1 is off.
     """
     frequency_penalty: _builtins.float
-    """Subtracted from a token's logit once for each time the output holds it; in [-2, 2], 0 is off. Values other than 0
-    are not in this release: INVALID_ARGUMENT.
-    """
+    """Subtracted from a token's logit once for each time the output holds it; in [-2, 2], 0 is off."""
     presence_penalty: _builtins.float
-    """Subtracted from a token's logit if the output holds it; in [-2, 2], 0 is off. Values other than 0 are not in this
-    release: INVALID_ARGUMENT.
-    """
+    """Subtracted from a token's logit if the output holds it; in [-2, 2], 0 is off."""
     seed: _builtins.int
     """Random numbers depend on seed, choice and token position alone: the same request with the same seed gives the same
     tokens. Unset means derived from request_id where that is set, else random; Accepted echoes it.
     """
     n: _builtins.int
-    """Number of choices, in [1, 16]; unset means 1. More than 1 is not in this release: INVALID_ARGUMENT."""
+    """Number of choices, in [1, 16]; unset means 1. The prompt is computed once for all of them. A choice's index is part
+    of its random numbers, so under one seed choice 2 is the same whether n is 3 or 16.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to logits, by token id; at most 1,024 entries, each in [-100, 100]. Not in this release: INVALID_ARGUMENT."""
+        """Added to logits, by token id; at most 1,024 entries, each in [-100, 100]."""
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that never appear in the output; at most 64. Not in this release: INVALID_ARGUMENT."""
+        """Words that are not said; at most 64, each 1 to 256 bytes. Their tokens, as a word by itself and behind a space, are
+        never drawn one after another; the same letters out of other tokens are not noticed.
+        """
 
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """If not empty, only these tokens are drawn; at most 1,024. Not in this release: INVALID_ARGUMENT."""
+        """If not empty, only these tokens are drawn; at most 1,024. End-of-sequence tokens are not drawn either unless named."""
 
     def __init__(
         self,
@@ -342,8 +342,8 @@ class StopOptions(_message.Message):
     max_tokens: _builtins.int
     """Ends the choice after this many tokens; at least 1. Unset means what is left of the context, at most 4,096."""
     min_tokens: _builtins.int
-    """No stop of any kind before this many tokens; at most max_tokens, unset means 0. Values other than 0 are not in this
-    release: INVALID_ARGUMENT.
+    """No stop of any kind before this many tokens; at most max_tokens, unset means 0. Until then stop ids and
+    end-of-sequence tokens are not drawn, and a stop string that is complete is ignored for good.
     """
     ignore_eos: _builtins.bool
     """Go on after the model's own end-of-sequence tokens."""
@@ -478,9 +478,7 @@ class OutputOptions(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.int
-    """Log-probabilities of the drawn token and of this many alternatives, in [0, 20]. Not in this release:
-    INVALID_ARGUMENT.
-    """
+    """Log-probabilities of the drawn token and of this many most probable ones, in [0, 20]; 0 gives the drawn one alone."""
     prompt_logprobs: _builtins.int
     """The same for the prompt's tokens; GenerateOnce only. Not in this release: INVALID_ARGUMENT."""
     text: _builtins.bool

@@ -67,7 +67,7 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateOnce(self, request, context):
-        """Generates and answers once. Not in this release: UNIMPLEMENTED.
+        """Generates and answers once, when every choice is finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

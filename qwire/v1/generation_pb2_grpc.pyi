@@ -49,7 +49,7 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Streams tokens and text as they are generated."""
     GenerateOnce: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]
-    """Generates and answers once. Not in this release: UNIMPLEMENTED."""
+    """Generates and answers once, when every choice is finished."""
     Embed: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]
     """Turns texts into vectors. Not in this release: UNIMPLEMENTED."""
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
@@ -61,7 +61,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams tokens and text as they are generated."""
     GenerateOnce: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateOnceRequest, _generation_pb2.GenerateOnceResponse]  # type: ignore[assignment]
-    """Generates and answers once. Not in this release: UNIMPLEMENTED."""
+    """Generates and answers once, when every choice is finished."""
     Embed: _aio.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]  # type: ignore[assignment]
     """Turns texts into vectors. Not in this release: UNIMPLEMENTED."""
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
@@ -82,7 +82,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateOnceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateOnceResponse, _abc.Awaitable[_generation_pb2.GenerateOnceResponse]]:
-        """Generates and answers once. Not in this release: UNIMPLEMENTED."""
+        """Generates and answers once, when every choice is finished."""
 
     @_abc_1.abstractmethod
     def Embed(

@@ -65,20 +65,50 @@ class PlannedStep(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNKS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedChunk]: ...
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedCopy]:
+        """Done one after another, before anything is computed."""
+
     def __init__(
         self,
         *,
         chunks: _abc.Iterable[Global___PlannedChunk] | None = ...,
+        copies: _abc.Iterable[Global___PlannedCopy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "copies", b"copies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlannedStep: _TypeAlias = PlannedStep  # noqa: Y015
+
+@_typing.final
+class PlannedCopy(_message.Message):
+    """The keys and values of a block become those of another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    source: _builtins.int
+    target: _builtins.int
+    def __init__(
+        self,
+        *,
+        source: _builtins.int = ...,
+        target: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedCopy: _TypeAlias = PlannedCopy  # noqa: Y015
 
 @_typing.final
 class PlannedChunk(_message.Message):
@@ -92,9 +122,9 @@ class PlannedChunk(_message.Message):
     DRAWS_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     """Position of the first id in its sequence."""
-    draws: _builtins.bool
-    """Whether a token is drawn from the logits of the chunk's last position; false while more of the prompt is to come.
-    How it is drawn is the business of rank 0, to which the logits go.
+    draws: _builtins.int
+    """How many tokens are drawn from the logits of the chunk's last position: none while more of the prompt is to come.
+    How they are drawn is the business of rank 0, to which the logits go.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -110,7 +140,7 @@ class PlannedChunk(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         start: _builtins.int = ...,
         block_table: _abc.Iterable[_builtins.int] | None = ...,
-        draws: _builtins.bool = ...,
+        draws: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

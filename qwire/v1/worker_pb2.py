@@ -23,70 +23,78 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from qwire.v1 import generation_pb2 as qwire_dot_v1_dot_generation__pb2
 from qwire.v1 import models_pb2 as qwire_dot_v1_dot_models__pb2
+from qwire.v1 import tokenizer_pb2 as qwire_dot_v1_dot_tokenizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15qwire/v1/worker.proto\x12\x08qwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15qwire/v1/models.proto\"\x7f\n\x0cServeRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.qwire.v1.HelloH\x00\x12\"\n\x06submit\x18\x02 \x01(\x0b\x32\x10.qwire.v1.SubmitH\x00\x12 \n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x0f.qwire.v1.AbortH\x00\x42\x07\n\x05\x66rame\"\x9c\x02\n\rServeResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.qwire.v1.WelcomeH\x00\x12&\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x12.qwire.v1.AdmittedH\x00\x12$\n\x07refused\x18\x03 \x01(\x0b\x32\x11.qwire.v1.RefusedH\x00\x12\x1e\n\x04step\x18\x04 \x01(\x0b\x32\x0e.qwire.v1.StepH\x00\x12\"\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x10.qwire.v1.FailedH\x00\x12 \n\x05\x66\x61ult\x18\x06 \x01(\x0b\x32\x0f.qwire.v1.FaultH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.qwire.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"7\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1b\n\x13\x66leet_secret_digest\x18\x02 \x01(\x0c\"-\n\x07Welcome\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.qwire.v1.WorkerInfo\"\x89\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\"\n\x05model\x18\x03 \x01(\x0b\x32\x13.qwire.v1.ModelInfo\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\x04\x12\x13\n\x0bmax_running\x18\x06 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x07 \x01(\r\x12#\n\x08\x66\x65\x61tures\x18\x08 \x03(\x0e\x32\x11.qwire.v1.Feature\x12\x0f\n\x07\x62\x61\x63kend\x18\t \x01(\t\x12\x19\n\x11model_fingerprint\x18\n \x01(\x0c\x12\x10\n\x08kv_dtype\x18\x0b \x01(\t\"\xde\x01\n\x06Submit\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\'\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x16.qwire.v1.SubmitChoice\x12(\n\x06params\x18\x04 \x01(\x0b\x32\x18.qwire.v1.ResolvedParams\x12\x19\n\x0cremaining_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0bprefix_root\x18\x06 \x01(\x0c\x12\x1b\n\x13\x62ypass_prefix_cache\x18\x07 \x01(\x08\x42\x0f\n\r_remaining_ms\"%\n\x0cSubmitChoice\x12\x15\n\rgenerated_ids\x18\x01 \x03(\r\"\xa3\x01\n\x0eResolvedParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\"\x19\n\x05\x41\x62ort\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x04\"\x1b\n\x08\x41\x64mitted\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\"s\n\x07Refused\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.qwire.v1.RefusedReason\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"_\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\tsequences\x18\x02 \x03(\x0b\x32\x16.qwire.v1.SequenceStep\x12\x1c\n\x04load\x18\x03 \x01(\x0b\x32\x0e.qwire.v1.Load\"\xa3\x01\n\x0cSequenceStep\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0btoken_index\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12&\n\x05start\x18\x05 \x01(\x0b\x32\x17.qwire.v1.SequenceStart\x12\"\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x15.qwire.v1.SequenceEnd\"|\n\rSequenceStart\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"2\n\x0bSequenceEnd\x12#\n\x06reason\x18\x01 \x01(\x0e\x32\x13.qwire.v1.EndReason\"A\n\x06\x46\x61iled\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.qwire.v1.FailedReason\"\x19\n\x05\x46\x61ult\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x04\"R\n\tHeartbeat\x12\x13\n\x0bstep_number\x18\x01 \x01(\x04\x12\x12\n\nms_in_step\x18\x02 \x01(\x04\x12\x1c\n\x04load\x18\x03 \x01(\x0b\x32\x0e.qwire.v1.Load\"\xa1\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rblocks_in_use\x18\x04 \x01(\x04\x12\x15\n\rblocks_cached\x18\x05 \x01(\x04\x12\x13\n\x0b\x62locks_free\x18\x06 \x01(\x04\x12\x14\n\x0csubmits_seen\x18\x07 \x01(\x04\"\x16\n\x14GetWorkerInfoRequest\";\n\x15GetWorkerInfoResponse\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.qwire.v1.WorkerInfo\"\x13\n\x11WatchCacheRequest\"G\n\x12WatchCacheResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x0c\x12\x10\n\x08snapshot\x18\x03 \x01(\x08*\x93\x01\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45\x41TURE_SAMPLING\x10\x01\x12\x15\n\x11\x46\x45\x41TURE_PENALTIES\x10\x02\x12\x14\n\x10\x46\x45\x41TURE_LOGPROBS\x10\x03\x12\x13\n\x0f\x46\x45\x41TURE_CHOICES\x10\x04\x12\x17\n\x13\x46\x45\x41TURE_CONSTRAINTS\x10\x05*\xa5\x01\n\rRefusedReason\x12\x1e\n\x1aREFUSED_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19REFUSED_REASON_QUEUE_FULL\x10\x01\x12\x1b\n\x17REFUSED_REASON_DRAINING\x10\x02\x12\x1c\n\x18REFUSED_REASON_TOO_LARGE\x10\x03\x12\x1a\n\x16REFUSED_REASON_INVALID\x10\x04*m\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45ND_REASON_EOS\x10\x01\x12\x19\n\x15\x45ND_REASON_STOP_TOKEN\x10\x02\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x03*I\n\x0c\x46\x61iledReason\x12\x1d\n\x19\x46\x41ILED_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILED_REASON_DEADLINE\x10\x01\x32\xea\x01\n\rWorkerService\x12<\n\x05Serve\x12\x16.qwire.v1.ServeRequest\x1a\x17.qwire.v1.ServeResponse(\x01\x30\x01\x12P\n\rGetWorkerInfo\x12\x1e.qwire.v1.GetWorkerInfoRequest\x1a\x1f.qwire.v1.GetWorkerInfoResponse\x12I\n\nWatchCache\x12\x1b.qwire.v1.WatchCacheRequest\x1a\x1c.qwire.v1.WatchCacheResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15qwire/v1/worker.proto\x12\x08qwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19qwire/v1/generation.proto\x1a\x15qwire/v1/models.proto\x1a\x18qwire/v1/tokenizer.proto\"\x7f\n\x0cServeRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.qwire.v1.HelloH\x00\x12\"\n\x06submit\x18\x02 \x01(\x0b\x32\x10.qwire.v1.SubmitH\x00\x12 \n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x0f.qwire.v1.AbortH\x00\x42\x07\n\x05\x66rame\"\x9c\x02\n\rServeResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.qwire.v1.WelcomeH\x00\x12&\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x12.qwire.v1.AdmittedH\x00\x12$\n\x07refused\x18\x03 \x01(\x0b\x32\x11.qwire.v1.RefusedH\x00\x12\x1e\n\x04step\x18\x04 \x01(\x0b\x32\x0e.qwire.v1.StepH\x00\x12\"\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x10.qwire.v1.FailedH\x00\x12 \n\x05\x66\x61ult\x18\x06 \x01(\x0b\x32\x0f.qwire.v1.FaultH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.qwire.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"7\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1b\n\x13\x66leet_secret_digest\x18\x02 \x01(\x0c\"-\n\x07Welcome\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.qwire.v1.WorkerInfo\"\x89\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\"\n\x05model\x18\x03 \x01(\x0b\x32\x13.qwire.v1.ModelInfo\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\x04\x12\x13\n\x0bmax_running\x18\x06 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x07 \x01(\r\x12#\n\x08\x66\x65\x61tures\x18\x08 \x03(\x0e\x32\x11.qwire.v1.Feature\x12\x0f\n\x07\x62\x61\x63kend\x18\t \x01(\t\x12\x19\n\x11model_fingerprint\x18\n \x01(\x0c\x12\x10\n\x08kv_dtype\x18\x0b \x01(\t\"\xde\x01\n\x06Submit\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\'\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x16.qwire.v1.SubmitChoice\x12(\n\x06params\x18\x04 \x01(\x0b\x32\x18.qwire.v1.ResolvedParams\x12\x19\n\x0cremaining_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0bprefix_root\x18\x06 \x01(\x0c\x12\x1b\n\x13\x62ypass_prefix_cache\x18\x07 \x01(\x08\x42\x0f\n\r_remaining_ms\"%\n\x0cSubmitChoice\x12\x15\n\rgenerated_ids\x18\x01 \x03(\r\"\xdd\x03\n\x0eResolvedParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12;\n\nlogit_bias\x18\x0c \x03(\x0b\x32\'.qwire.v1.ResolvedParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\r \x03(\r\x12%\n\tbad_words\x18\x0e \x03(\x0b\x32\x12.qwire.v1.TokenIds\x12\x12\n\nmin_tokens\x18\x0f \x01(\r\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobs\"C\n\x05\x41\x62ort\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x04\x12(\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x17.qwire.v1.AbortedChoice\"0\n\rAbortedChoice\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\"\x1b\n\x08\x41\x64mitted\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\"s\n\x07Refused\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.qwire.v1.RefusedReason\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"_\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\tsequences\x18\x02 \x03(\x0b\x32\x16.qwire.v1.SequenceStep\x12\x1c\n\x04load\x18\x03 \x01(\x0b\x32\x0e.qwire.v1.Load\"\xce\x01\n\x0cSequenceStep\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0btoken_index\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12&\n\x05start\x18\x05 \x01(\x0b\x32\x17.qwire.v1.SequenceStart\x12\"\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x15.qwire.v1.SequenceEnd\x12)\n\x08logprobs\x18\x07 \x03(\x0b\x32\x17.qwire.v1.TokenLogprobs\"|\n\rSequenceStart\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"2\n\x0bSequenceEnd\x12#\n\x06reason\x18\x01 \x01(\x0e\x32\x13.qwire.v1.EndReason\"A\n\x06\x46\x61iled\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.qwire.v1.FailedReason\"\x19\n\x05\x46\x61ult\x12\x10\n\x08\x61ttempts\x18\x01 \x03(\x04\"R\n\tHeartbeat\x12\x13\n\x0bstep_number\x18\x01 \x01(\x04\x12\x12\n\nms_in_step\x18\x02 \x01(\x04\x12\x1c\n\x04load\x18\x03 \x01(\x0b\x32\x0e.qwire.v1.Load\"\xb6\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x1e\n\x16waiting_prefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rblocks_in_use\x18\x04 \x01(\x04\x12\x15\n\rblocks_cached\x18\x05 \x01(\x04\x12\x13\n\x0b\x62locks_free\x18\x06 \x01(\x04\x12\x14\n\x0csubmits_seen\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\"\x16\n\x14GetWorkerInfoRequest\";\n\x15GetWorkerInfoResponse\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.qwire.v1.WorkerInfo\"\x13\n\x11WatchCacheRequest\"]\n\x12WatchCacheResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x0c\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\x14\n\x0csnapshot_end\x18\x04 \x01(\x08*\x93\x01\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45\x41TURE_SAMPLING\x10\x01\x12\x15\n\x11\x46\x45\x41TURE_PENALTIES\x10\x02\x12\x14\n\x10\x46\x45\x41TURE_LOGPROBS\x10\x03\x12\x13\n\x0f\x46\x45\x41TURE_CHOICES\x10\x04\x12\x17\n\x13\x46\x45\x41TURE_CONSTRAINTS\x10\x05*\xa5\x01\n\rRefusedReason\x12\x1e\n\x1aREFUSED_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19REFUSED_REASON_QUEUE_FULL\x10\x01\x12\x1b\n\x17REFUSED_REASON_DRAINING\x10\x02\x12\x1c\n\x18REFUSED_REASON_TOO_LARGE\x10\x03\x12\x1a\n\x16REFUSED_REASON_INVALID\x10\x04*m\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45ND_REASON_EOS\x10\x01\x12\x19\n\x15\x45ND_REASON_STOP_TOKEN\x10\x02\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x03*I\n\x0c\x46\x61iledReason\x12\x1d\n\x19\x46\x41ILED_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILED_REASON_DEADLINE\x10\x01\x32\xea\x01\n\rWorkerService\x12<\n\x05Serve\x12\x16.qwire.v1.ServeRequest\x1a\x17.qwire.v1.ServeResponse(\x01\x30\x01\x12P\n\rGetWorkerInfo\x12\x1e.qwire.v1.GetWorkerInfoRequest\x1a\x1f.qwire.v1.GetWorkerInfoResponse\x12I\n\nWatchCache\x12\x1b.qwire.v1.WatchCacheRequest\x1a\x1c.qwire.v1.WatchCacheResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qwire.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEATURE']._serialized_start=2444
-  _globals['_FEATURE']._serialized_end=2591
-  _globals['_REFUSEDREASON']._serialized_start=2594
-  _globals['_REFUSEDREASON']._serialized_end=2759
-  _globals['_ENDREASON']._serialized_start=2761
-  _globals['_ENDREASON']._serialized_end=2870
-  _globals['_FAILEDREASON']._serialized_start=2872
-  _globals['_FAILEDREASON']._serialized_end=2945
-  _globals['_SERVEREQUEST']._serialized_start=90
-  _globals['_SERVEREQUEST']._serialized_end=217
-  _globals['_SERVERESPONSE']._serialized_start=220
-  _globals['_SERVERESPONSE']._serialized_end=504
-  _globals['_HELLO']._serialized_start=506
-  _globals['_HELLO']._serialized_end=561
-  _globals['_WELCOME']._serialized_start=563
-  _globals['_WELCOME']._serialized_end=608
-  _globals['_WORKERINFO']._serialized_start=611
-  _globals['_WORKERINFO']._serialized_end=876
-  _globals['_SUBMIT']._serialized_start=879
-  _globals['_SUBMIT']._serialized_end=1101
-  _globals['_SUBMITCHOICE']._serialized_start=1103
-  _globals['_SUBMITCHOICE']._serialized_end=1140
-  _globals['_RESOLVEDPARAMS']._serialized_start=1143
-  _globals['_RESOLVEDPARAMS']._serialized_end=1306
-  _globals['_ABORT']._serialized_start=1308
-  _globals['_ABORT']._serialized_end=1333
-  _globals['_ADMITTED']._serialized_start=1335
-  _globals['_ADMITTED']._serialized_end=1362
-  _globals['_REFUSED']._serialized_start=1364
-  _globals['_REFUSED']._serialized_end=1479
-  _globals['_STEP']._serialized_start=1481
-  _globals['_STEP']._serialized_end=1576
-  _globals['_SEQUENCESTEP']._serialized_start=1579
-  _globals['_SEQUENCESTEP']._serialized_end=1742
-  _globals['_SEQUENCESTART']._serialized_start=1744
-  _globals['_SEQUENCESTART']._serialized_end=1868
-  _globals['_SEQUENCEEND']._serialized_start=1870
-  _globals['_SEQUENCEEND']._serialized_end=1920
-  _globals['_FAILED']._serialized_start=1922
-  _globals['_FAILED']._serialized_end=1987
-  _globals['_FAULT']._serialized_start=1989
-  _globals['_FAULT']._serialized_end=2014
-  _globals['_HEARTBEAT']._serialized_start=2016
-  _globals['_HEARTBEAT']._serialized_end=2098
-  _globals['_LOAD']._serialized_start=2101
-  _globals['_LOAD']._serialized_end=2262
-  _globals['_GETWORKERINFOREQUEST']._serialized_start=2264
-  _globals['_GETWORKERINFOREQUEST']._serialized_end=2286
-  _globals['_GETWORKERINFORESPONSE']._serialized_start=2288
-  _globals['_GETWORKERINFORESPONSE']._serialized_end=2347
-  _globals['_WATCHCACHEREQUEST']._serialized_start=2349
-  _globals['_WATCHCACHEREQUEST']._serialized_end=2368
-  _globals['_WATCHCACHERESPONSE']._serialized_start=2370
-  _globals['_WATCHCACHERESPONSE']._serialized_end=2441
-  _globals['_WORKERSERVICE']._serialized_start=2948
-  _globals['_WORKERSERVICE']._serialized_end=3182
+  _globals['_RESOLVEDPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_RESOLVEDPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FEATURE']._serialized_start=2989
+  _globals['_FEATURE']._serialized_end=3136
+  _globals['_REFUSEDREASON']._serialized_start=3139
+  _globals['_REFUSEDREASON']._serialized_end=3304
+  _globals['_ENDREASON']._serialized_start=3306
+  _globals['_ENDREASON']._serialized_end=3415
+  _globals['_FAILEDREASON']._serialized_start=3417
+  _globals['_FAILEDREASON']._serialized_end=3490
+  _globals['_SERVEREQUEST']._serialized_start=143
+  _globals['_SERVEREQUEST']._serialized_end=270
+  _globals['_SERVERESPONSE']._serialized_start=273
+  _globals['_SERVERESPONSE']._serialized_end=557
+  _globals['_HELLO']._serialized_start=559
+  _globals['_HELLO']._serialized_end=614
+  _globals['_WELCOME']._serialized_start=616
+  _globals['_WELCOME']._serialized_end=661
+  _globals['_WORKERINFO']._serialized_start=664
+  _globals['_WORKERINFO']._serialized_end=929
+  _globals['_SUBMIT']._serialized_start=932
+  _globals['_SUBMIT']._serialized_end=1154
+  _globals['_SUBMITCHOICE']._serialized_start=1156
+  _globals['_SUBMITCHOICE']._serialized_end=1193
+  _globals['_RESOLVEDPARAMS']._serialized_start=1196
+  _globals['_RESOLVEDPARAMS']._serialized_end=1673
+  _globals['_RESOLVEDPARAMS_LOGITBIASENTRY']._serialized_start=1612
+  _globals['_RESOLVEDPARAMS_LOGITBIASENTRY']._serialized_end=1660
+  _globals['_ABORT']._serialized_start=1675
+  _globals['_ABORT']._serialized_end=1742
+  _globals['_ABORTEDCHOICE']._serialized_start=1744
+  _globals['_ABORTEDCHOICE']._serialized_end=1792
+  _globals['_ADMITTED']._serialized_start=1794
+  _globals['_ADMITTED']._serialized_end=1821
+  _globals['_REFUSED']._serialized_start=1823
+  _globals['_REFUSED']._serialized_end=1938
+  _globals['_STEP']._serialized_start=1940
+  _globals['_STEP']._serialized_end=2035
+  _globals['_SEQUENCESTEP']._serialized_start=2038
+  _globals['_SEQUENCESTEP']._serialized_end=2244
+  _globals['_SEQUENCESTART']._serialized_start=2246
+  _globals['_SEQUENCESTART']._serialized_end=2370
+  _globals['_SEQUENCEEND']._serialized_start=2372
+  _globals['_SEQUENCEEND']._serialized_end=2422
+  _globals['_FAILED']._serialized_start=2424
+  _globals['_FAILED']._serialized_end=2489
+  _globals['_FAULT']._serialized_start=2491
+  _globals['_FAULT']._serialized_end=2516
+  _globals['_HEARTBEAT']._serialized_start=2518
+  _globals['_HEARTBEAT']._serialized_end=2600
+  _globals['_LOAD']._serialized_start=2603
+  _globals['_LOAD']._serialized_end=2785
+  _globals['_GETWORKERINFOREQUEST']._serialized_start=2787
+  _globals['_GETWORKERINFOREQUEST']._serialized_end=2809
+  _globals['_GETWORKERINFORESPONSE']._serialized_start=2811
+  _globals['_GETWORKERINFORESPONSE']._serialized_end=2870
+  _globals['_WATCHCACHEREQUEST']._serialized_start=2872
+  _globals['_WATCHCACHEREQUEST']._serialized_end=2891
+  _globals['_WATCHCACHERESPONSE']._serialized_start=2893
+  _globals['_WATCHCACHERESPONSE']._serialized_end=2986
+  _globals['_WORKERSERVICE']._serialized_start=3493
+  _globals['_WORKERSERVICE']._serialized_end=3727
 # @@protoc_insertion_point(module_scope)

@@ -13,7 +13,9 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from qwire.v1 import generation_pb2 as _generation_pb2
 from qwire.v1 import models_pb2 as _models_pb2
+from qwire.v1 import tokenizer_pb2 as _tokenizer_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -59,7 +61,7 @@ class _RefusedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refused
     DESCRIPTOR: _descriptor.EnumDescriptor
     REFUSED_REASON_UNSPECIFIED: _RefusedReason.ValueType  # 0
     REFUSED_REASON_QUEUE_FULL: _RefusedReason.ValueType  # 1
-    """max_waiting requests wait already."""
+    """max_running and max_waiting requests are there already."""
     REFUSED_REASON_DRAINING: _RefusedReason.ValueType  # 2
     """The worker is shutting down."""
     REFUSED_REASON_TOO_LARGE: _RefusedReason.ValueType  # 3
@@ -71,7 +73,7 @@ class RefusedReason(_RefusedReason, metaclass=_RefusedReasonEnumTypeWrapper): ..
 
 REFUSED_REASON_UNSPECIFIED: RefusedReason.ValueType  # 0
 REFUSED_REASON_QUEUE_FULL: RefusedReason.ValueType  # 1
-"""max_waiting requests wait already."""
+"""max_running and max_waiting requests are there already."""
 REFUSED_REASON_DRAINING: RefusedReason.ValueType  # 2
 """The worker is shutting down."""
 REFUSED_REASON_TOO_LARGE: RefusedReason.ValueType  # 3
@@ -273,7 +275,7 @@ class WorkerInfo(_message.Message):
     max_running: _builtins.int
     """Sequences that run at once."""
     max_waiting: _builtins.int
-    """Requests that wait; one more is refused."""
+    """Requests beyond max_running that wait; one more is refused."""
     backend: _builtins.str
     """Name of the kernels, such as "reference"."""
     model_fingerprint: _builtins.bytes
@@ -332,7 +334,7 @@ class Submit(_message.Message):
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubmitChoice]:
-        """One a choice. Ids generated before, by other attempts: generation goes on behind them, and penalties, token limits
+        """At least one, one a choice. Ids generated before, by other attempts: generation goes on behind them, and penalties, token limits
         and random positions count them.
         """
 
@@ -385,6 +387,26 @@ class ResolvedParams(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
@@ -393,6 +415,14 @@ class ResolvedParams(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     top_p: _builtins.float
     top_k: _builtins.int
@@ -400,11 +430,29 @@ class ResolvedParams(_message.Message):
     seed: _builtins.int
     max_tokens: _builtins.int
     """Ids of a choice in all, those in SubmitChoice counted."""
+    repetition_penalty: _builtins.float
+    """1 is off."""
+    frequency_penalty: _builtins.float
+    presence_penalty: _builtins.float
+    min_tokens: _builtins.int
+    """Until this many ids are there, neither stop nor end-of-sequence ids are drawn."""
+    logprobs: _builtins.int
+    """How many alternatives each token's log-probabilities have; unset means no log-probabilities."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The model's own end-of-sequence ids; empty under ignore_eos."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    @_builtins.property
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Empty allows all."""
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedCompositeFieldContainer[_tokenizer_pb2.TokenIds]:
+        """Sequences of ids of which the last is never drawn behind the others."""
 
     def __init__(
         self,
@@ -417,12 +465,22 @@ class ResolvedParams(_message.Message):
         max_tokens: _builtins.int = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        repetition_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        bad_words: _abc.Iterable[_tokenizer_pb2.TokenIds] | None = ...,
+        min_tokens: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "max_tokens", b"max_tokens", "min_p", b"min_p", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
 Global___ResolvedParams: _TypeAlias = ResolvedParams  # noqa: Y015
 
@@ -433,20 +491,48 @@ class Abort(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___AbortedChoice]:
+        """Single choices of attempts whose other choices go on."""
+
     def __init__(
         self,
         *,
         attempts: _abc.Iterable[_builtins.int] | None = ...,
+        choices: _abc.Iterable[Global___AbortedChoice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "choices", b"choices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Abort: _TypeAlias = Abort  # noqa: Y015
+
+@_typing.final
+class AbortedChoice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    choice: _builtins.int
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        choice: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortedChoice: _TypeAlias = AbortedChoice  # noqa: Y015
 
 @_typing.final
 class Admitted(_message.Message):
@@ -541,6 +627,7 @@ class SequenceStep(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     choice: _builtins.int
     token_index: _builtins.int
@@ -549,11 +636,15 @@ class SequenceStep(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def start(self) -> Global___SequenceStart:
-        """With the attempt's first ids."""
+        """With the first ids of the attempt's first choice."""
 
     @_builtins.property
     def end(self) -> Global___SequenceEnd:
         """With the choice's last ids."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprobs]:
+        """One for each of token_ids, if asked for."""
 
     def __init__(
         self,
@@ -564,10 +655,11 @@ class SequenceStep(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         start: Global___SequenceStart | None = ...,
         end: Global___SequenceEnd | None = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "end", b"end", "start", b"start", "token_ids", b"token_ids", "token_index", b"token_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "end", b"end", "logprobs", b"logprobs", "start", b"start", "token_ids", b"token_ids", "token_index", b"token_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -716,6 +808,7 @@ class Load(_message.Message):
     BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     BLOCKS_FREE_FIELD_NUMBER: _builtins.int
     SUBMITS_SEEN_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -727,6 +820,8 @@ class Load(_message.Message):
     blocks_free: _builtins.int
     submits_seen: _builtins.int
     """Submits of this router that the report covers: what was sent since comes on top."""
+    preemptions: _builtins.int
+    """How often a running request had to give its KV blocks to others since the worker started."""
     def __init__(
         self,
         *,
@@ -737,10 +832,11 @@ class Load(_message.Message):
         blocks_cached: _builtins.int = ...,
         blocks_free: _builtins.int = ...,
         submits_seen: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -803,22 +899,26 @@ class WatchCacheResponse(_message.Message):
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_END_FIELD_NUMBER: _builtins.int
     stored: _builtins.bytes
     """Hashes of blocks that can be hit now, 16 bytes each, end to end."""
     removed: _builtins.bytes
     """Hashes of blocks that can't any more, 16 bytes each, end to end."""
     snapshot: _builtins.bool
     """Whether this belongs to the snapshot with which the stream begins."""
+    snapshot_end: _builtins.bool
+    """Whether it is the snapshot's last message. There is one on every stream, on its own if the cache is empty."""
     def __init__(
         self,
         *,
         stored: _builtins.bytes = ...,
         removed: _builtins.bytes = ...,
         snapshot: _builtins.bool = ...,
+        snapshot_end: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "snapshot", b"snapshot", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,7 +42,9 @@ class WorkerServiceStub:
     GetWorkerInfo: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerInfoRequest, _worker_pb2.GetWorkerInfoResponse]
     """What the worker is, before a link is opened."""
     WatchCache: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.WatchCacheResponse]
-    """Which blocks the prefix cache holds: a snapshot, then changes. Not in this release: UNIMPLEMENTED."""
+    """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+    Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -54,7 +56,9 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetWorkerInfo: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerInfoRequest, _worker_pb2.GetWorkerInfoResponse]  # type: ignore[assignment]
     """What the worker is, before a link is opened."""
     WatchCache: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.WatchCacheResponse]  # type: ignore[assignment]
-    """Which blocks the prefix cache holds: a snapshot, then changes. Not in this release: UNIMPLEMENTED."""
+    """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+    Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
+    """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -81,6 +85,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.WatchCacheRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WatchCacheResponse], _abc.AsyncIterator[_worker_pb2.WatchCacheResponse]]:
-        """Which blocks the prefix cache holds: a snapshot, then changes. Not in this release: UNIMPLEMENTED."""
+        """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+        Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

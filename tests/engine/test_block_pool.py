@@ -22,6 +22,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(12, 4)
         self.tables: list[list[int]] = []
         self.contents: dict[int, bytes] = {}  # what a published block holds, by our own book-keeping
+        self.pool.watch(True)
+        self.seen: set[bytes] = set()  # what a watcher thinks is found
 
     @rule(count=st.integers(0, 14))
     def allocate(self, count: int) -> None:
@@ -48,6 +50,15 @@ class PoolMachine(RuleBasedStateMachine):
         if not known and block not in self.contents:
             self.contents[block] = block_hash(number)
 
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), full=st.integers(0, 4))
+    def fork(self, data: st.DataObject, full: int) -> None:
+        parent = data.draw(st.sampled_from([table for table in self.tables if table]))
+        for block in parent[:full]:
+            self.pool.seal(block)
+        self.pool.acquire(parent[:full])
+        self.tables.append(parent[:full])
+
     @rule(numbers=st.lists(st.integers(0, 8), max_size=4))
     def hit(self, numbers: list[int]) -> None:
         blocks = self.pool.lookup([block_hash(number) for number in numbers])
@@ -63,6 +74,15 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.tables) - 1))
         self.pool.release(self.tables.pop(index))
+
+    @rule()
+    def watch(self) -> None:
+        changes = self.pool.take_changes()
+        assert not set(changes.stored) & set(changes.removed)
+        self.seen |= set(changes.stored)
+        self.seen -= set(changes.removed)
+        assert self.seen == set(self.pool.hashes())
+        assert self.seen == {block_hash(number) for number in range(9) if self.pool.lookup([block_hash(number)])}
 
     @invariant()
     def holds(self) -> None:
@@ -100,6 +120,18 @@ def test_a_hit_keeps_a_block_from_eviction() -> None:
     assert pool.allocate(1) == [second]
     with pytest.raises(OutOfBlocks):
         pool.allocate(1)
+
+
+def test_nothing_is_recorded_while_nobody_watches() -> None:
+    pool = BlockPool(2, 4)
+    pool.publish(pool.allocate(1)[0], block_hash(1))
+    assert not pool.take_changes()
+    pool.watch(True)
+    pool.publish(pool.allocate(1)[0], block_hash(2))
+    pool.watch(False)
+    pool.watch(True)
+    assert not pool.take_changes()
+    assert pool.hashes() == [block_hash(1), block_hash(2)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwire import prefix
 from tests.helpers.fake_runner import FakeRunner, continuation
 from worker.engine.engine import Engine, NeverFits, QueueFull, StepReport
-from worker.engine.plan import StepPlan
+from worker.engine.plan import Drawn, StepPlan
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import EndReason, Request
 
@@ -45,13 +45,14 @@ class Harness:
 
     def take(self, report: StepReport) -> None:
         for sequence in report.sequences:
-            ids = self.ids.setdefault(sequence.key, [])
+            key = (sequence.key, sequence.choice) if sequence.choice else sequence.key
+            ids = self.ids.setdefault(key, [])
             assert sequence.token_index == len(ids)
-            ids += sequence.token_ids
+            ids.append(sequence.drawn.token_id)
             if sequence.start is not None:
-                self.cached[sequence.key] = sequence.start.cached_tokens
+                self.cached[key] = sequence.start.cached_tokens
             if sequence.end is not None:
-                self.ends[sequence.key] = sequence.end
+                self.ends[key] = sequence.end
         self.expired += report.expired
 
     def step(self) -> bool:
@@ -230,13 +231,91 @@ def test_earlier_ids_count() -> None:
         runner, SchedulerLimits(), max_waiting=1, clock=lambda: 0.0, deliver=reports.append, fault=lambda keys: None
     )
     expected = continuation([5], 8)
-    engine.submit(Request("moved", [5], generated_ids=expected[:6], max_tokens=8, prefix_root=ROOT))
+    engine.submit(Request("moved", [5], choices=[expected[:6]], max_tokens=8, prefix_root=ROOT))
     while (report := engine.step()) is not None:
         reports.append(report)
     assert [sequence.token_index for report in reports for sequence in report.sequences] == [6, 7]
-    assert [token for report in reports for sequence in report.sequences for token in sequence.token_ids] == expected[
-        6:
-    ]
+    assert [sequence.drawn.token_id for report in reports for sequence in report.sequences] == expected[6:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 5)), min_size=1, max_size=5
+    ),
+    count=st.integers(1, 9),
+    num_blocks=st.integers(8, 40),
+    max_step_tokens=st.integers(1, 64),
+    max_running=st.integers(1, 8),
+    use_cache=st.booleans(),
+)
+def test_choices_give_what_each_gives_alone(
+    requests: list[tuple[list[int], int]],
+    count: int,
+    num_blocks: int,
+    max_step_tokens: int,
+    max_running: int,
+    use_cache: bool,
+) -> None:
+    harness = Harness(num_blocks=num_blocks, max_step_tokens=max_step_tokens, max_running=max_running)
+    for number, (prompt, n) in enumerate(requests):
+        harness.submit(str(number), prompt, count, choices=((),) * n, use_prefix_cache=use_cache)
+    harness.run()
+    expected = {
+        (str(number), choice) if choice else str(number): continuation(prompt, count, choice=choice)
+        for number, (prompt, n) in enumerate(requests)
+        for choice in range(n)
+    }
+    assert harness.ids == expected
+    assert harness.engine.pool.num_used == 0
+
+
+@pytest.mark.parametrize("length", [8, 10])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_choices_compute_their_prompt_once(length: int, use_cache: bool) -> None:
+    harness = Harness()
+    harness.submit("a", list(range(length)), 1 + 5, choices=((),) * 4, use_prefix_cache=use_cache)
+    harness.run()
+    assert harness.runner.tokens_computed == length + 4 * 5
+    copies = sum(len(plan.copies) for plan in harness.runner.steps)
+    assert copies == (3 if length % 4 else 0), "full blocks are shared, the unfinished one is copied"
+
+
+def test_choices_of_a_moved_request_go_on_where_each_stood() -> None:
+    harness = Harness()
+    whole = [continuation([5], 8, choice=choice) for choice in range(3)]
+    harness.ids = {"a": whole[0][:3], ("a", 1): [], ("a", 2): whole[2][:7]}
+    harness.submit("a", [5], 8, choices=[whole[0][:3], [], whole[2][:7]])
+    harness.run()
+    assert harness.ids == {"a": whole[0], ("a", 1): whole[1], ("a", 2): whole[2]}
+
+
+def test_an_aborted_request_takes_all_its_choices_along() -> None:
+    harness = Harness(max_running=2)
+    harness.submit("a", list(range(10)), 50, choices=((),) * 4)
+    for _ in range(3):
+        harness.step()
+    harness.engine.abort(["a"])
+    harness.step()
+    assert harness.engine.pool.num_used == 0
+    assert not harness.step()
+
+
+def test_what_is_drawn_is_told_what_it_may_not_be() -> None:
+    harness = Harness()
+    expected = continuation([5], 4)
+    harness.submit(
+        "a",
+        [5],
+        4,
+        eos_ids=frozenset({700}),
+        stop_ids=frozenset({600}),
+        min_tokens=2,
+        bad_words=[[9], [expected[0], 77], [5, 88], [expected[0], expected[1], 66]],
+    )
+    harness.run()
+    banned = [chunk.draws[0].banned_ids for plan in harness.runner.steps for chunk in plan.chunks]
+    assert banned == [[600, 700, 9], [600, 700, 9, 77], [9, 66], [9]], "prompts don't count as said"
 
 
 def test_abort_frees_blocks_within_a_step() -> None:
@@ -273,12 +352,12 @@ def test_limits() -> None:
     harness = Harness(num_blocks=4)
     with pytest.raises(NeverFits):
         harness.submit("too large", [1] * 10, 7)
-    for number in range(100):
+    for number in range(108):  # 8 that run and 100 that wait
         harness.submit(str(number), [number], 1)
     with pytest.raises(QueueFull):
         harness.submit("one more", [1], 1)
     harness.run()
-    assert len(harness.ends) == 100
+    assert len(harness.ends) == 108
 
 
 def test_the_loop_in_its_thread() -> None:
@@ -288,7 +367,7 @@ def test_the_loop_in_its_thread() -> None:
 
     def deliver(report: StepReport) -> None:
         for sequence in report.sequences:
-            ids.extend(sequence.token_ids)
+            ids.append(sequence.drawn.token_id)
             if sequence.end is not None:
                 done.set()
 
@@ -304,7 +383,7 @@ def test_the_loop_in_its_thread() -> None:
 
 def test_a_step_that_raises_names_its_requests() -> None:
     class Broken(FakeRunner):
-        def execute(self, plan: StepPlan) -> list[int | None]:
+        def execute(self, plan: StepPlan) -> list[list[Drawn]]:
             raise RuntimeError("boom")
 
     faults: list[list[Hashable]] = []

@@ -17,7 +17,7 @@ from qwire.v1 import models_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
 from tests.helpers.fake_runner import FakeRunner
 from worker.engine.engine import Engine
-from worker.engine.plan import StepPlan
+from worker.engine.plan import Drawn, StepPlan
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 
@@ -30,7 +30,7 @@ LinkCall = grpc.aio.StreamStreamCall[pb.ServeRequest, pb.ServeResponse]
 class Runner(FakeRunner):
     """Fails where a prompt says so, and takes its time."""
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
+    def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         if any(FATAL_ID in chunk.token_ids for chunk in plan.chunks if chunk.start == 0):
             raise RuntimeError("boom")
         time.sleep(0.01)
@@ -72,9 +72,11 @@ async def dial(face: WorkerFace) -> AsyncIterator[Callable[[], Awaitable[LinkCal
 async def submit(
     link: LinkCall, attempt: int, prompt: list[int], *, root: bytes = b"0123456789abcdef", **params: float
 ) -> None:
-    values = {"top_p": 1.0, "max_tokens": 3, **params}
+    values = {"top_p": 1.0, "repetition_penalty": 1.0, "max_tokens": 3, **params}
     resolved = pb.ResolvedParams(**values)  # type: ignore[arg-type]
-    frame = pb.Submit(attempt=attempt, prompt_ids=prompt, params=resolved, prefix_root=root)
+    frame = pb.Submit(
+        attempt=attempt, prompt_ids=prompt, choices=[pb.SubmitChoice()], params=resolved, prefix_root=root
+    )
     await link.write(pb.ServeRequest(submit=frame))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from worker.engine.plan import StepPlan
+from worker.engine.plan import Drawn, StepPlan
 
 
 class FakeRunner:
@@ -22,14 +22,16 @@ class FakeRunner:
         self.steps: list[StepPlan] = []
         self.tokens_computed = 0
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
+    def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         self.steps.append(plan)
+        for source, target in plan.copies:
+            self.cache[target] = self.cache[source][:]
         self.tokens_computed += plan.num_tokens
         for chunk in plan.chunks:
             for offset, token in enumerate(chunk.token_ids):
                 block, slot = divmod(chunk.start + offset, self.block_size)
                 self.cache[chunk.block_table[block]][slot] = token
-        drawn: list[int | None] = []
+        drawn: list[list[Drawn]] = []
         for chunk in plan.chunks:
             end = chunk.start + len(chunk.token_ids)
             tokens = []
@@ -39,19 +41,19 @@ class FakeRunner:
                 if found is None:
                     raise AssertionError(f"position {position} was never computed")
                 tokens.append(found)
-            drawn.append(None if chunk.draw is None else next_token(tokens, self.vocab_size))
+            drawn.append([Drawn(next_token(tokens, self.vocab_size, draw.choice)) for draw in chunk.draws])
         return drawn
 
 
-def next_token(tokens: Sequence[int], vocab_size: int = 1000) -> int:
-    """What the fake model says after these tokens."""
-    digest = hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in tokens)).digest()
+def next_token(tokens: Sequence[int], vocab_size: int = 1000, choice: int = 0) -> int:
+    """What the fake model says after these tokens, to one of several choices."""
+    digest = hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in (choice, *tokens))).digest()
     return int.from_bytes(digest[:4], "little") % vocab_size
 
 
-def continuation(prompt: Sequence[int], count: int, vocab_size: int = 1000) -> list[int]:
-    """The `count` tokens that the fake model generates after a prompt."""
+def continuation(prompt: Sequence[int], count: int, vocab_size: int = 1000, choice: int = 0) -> list[int]:
+    """The `count` tokens that the fake model generates after a prompt, for one of several choices."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens, vocab_size))
+        tokens.append(next_token(tokens, vocab_size, choice))
     return tokens[len(prompt) :]

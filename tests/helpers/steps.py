@@ -18,8 +18,8 @@ def table(first: int, positions: int, block_size: int) -> tuple[int, ...]:
     return tuple(range(first, first + -(-positions // block_size)))
 
 
-def chunk(ids: Sequence[int], start: int, blocks: Sequence[int], draw: Draw | None = None) -> Chunk:
-    return Chunk(tuple(ids), start, tuple(blocks), draw)
+def chunk(ids: Sequence[int], start: int, blocks: Sequence[int], *draws: Draw) -> Chunk:
+    return Chunk(tuple(ids), start, tuple(blocks), draws)
 
 
 def plan(*chunks: Chunk) -> StepPlan:
@@ -41,9 +41,7 @@ def greedy(runner: TorchRunner, prompt: Sequence[int], count: int, blocks: Seque
     made: list[int] = []
     ids, start = list(prompt), 0
     for position in range(count):
-        (token,) = runner.execute(plan(chunk(ids, start, blocks, Draw(GREEDY, 0, position))))
-        if token is None:
-            raise AssertionError("a chunk with a draw came back without an id")
-        start, ids = start + len(ids), [token]
-        made.append(token)
+        ((drawn,),) = runner.execute(plan(chunk(ids, start, blocks, Draw(GREEDY, 0, position))))
+        start, ids = start + len(ids), [drawn.token_id]
+        made.append(drawn.token_id)
     return made

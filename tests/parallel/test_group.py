@@ -74,20 +74,23 @@ CHUNKS = st.builds(
     token_ids=st.lists(IDS, min_size=1, max_size=40).map(tuple),
     start=st.integers(0, 2**40),
     block_table=st.lists(IDS, max_size=40).map(tuple),
-    draw=st.none() | st.builds(Draw, st.just(SamplingParams()), st.integers(0, 20), st.integers(0, 2**30)),
+    draws=st.lists(
+        st.builds(Draw, st.just(SamplingParams()), st.integers(0, 20), st.integers(0, 2**30)), max_size=3
+    ).map(tuple),
 )
 
 
-@given(st.lists(CHUNKS, max_size=12))
-def test_a_plan_survives_the_wire(chunks: list[Chunk]) -> None:
-    data = encode_step(StepPlan(tuple(chunks)))
+@given(st.lists(CHUNKS, max_size=12), st.lists(st.tuples(IDS, IDS), max_size=4))
+def test_a_plan_survives_the_wire(chunks: list[Chunk], copies: list[tuple[int, int]]) -> None:
+    data = encode_step(StepPlan(tuple(chunks), copies))
     order = plan_pb2.RankOrder.FromString(data)
     assert order.WhichOneof("order") == "step"
     plan = decode_step(order.step)
     assert len(plan.chunks) == len(chunks)
     for got, sent in zip(plan.chunks, chunks, strict=True):
         assert (got.token_ids, got.start, got.block_table) == (sent.token_ids, sent.start, sent.block_table)
-        assert (got.draw is None) == (sent.draw is None)
+        assert len(got.draws) == len(sent.draws)
+    assert list(plan.copies) == copies
     assert encode_step(plan) == data
 
 

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from qwire.errors import QwireError, Reason
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import tokenizer_pb2, worker_pb2
-from router.journal import IndexGap, Journal, StreamSpec
+from router.choice import IndexGap, OutputSpec
+from router.journal import Journal
 
 
-def journal(*, text: bool = True, ids: bool = True, stop: tuple[str, ...] = (), pending: int = 4096) -> Journal:
-    spec = StreamSpec(7, 3, pb.StopOptions(strings=stop, max_tokens=99), text, ids, pending)
-    return Journal(spec, 0.0, lambda: 1.0)
+def journal(
+    *, text: bool = True, ids: bool = True, stop: tuple[str, ...] = (), pending: int = 4096, choices: int = 1
+) -> Journal:
+    spec = OutputSpec(pb.StopOptions(strings=stop, max_tokens=99), text, ids, pending)
+    return Journal(spec, range(7, 7 + choices), 3, 0.0, lambda: 1.0)
 
 
 def step(index: int, ids: list[int], end: worker_pb2.EndReason.ValueType | None = None) -> worker_pb2.SequenceStep:

@@ -14,7 +14,8 @@ from qwire.service.server import Listener, Server
 from qwire.v1 import generation_pb2, models_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
 from router import worker_link
-from router.journal import Journal, StreamSpec
+from router.choice import OutputSpec
+from router.journal import Journal
 from router.worker_link import WorkerLink
 
 INFO = pb.WorkerInfo(worker_id="w", model=models_pb2.ModelInfo(name="m"))
@@ -67,8 +68,8 @@ async def link(worker: ScriptedWorker) -> AsyncIterator[WorkerLink]:
 
 
 def journal(pending: int = 4096) -> Journal:
-    spec = StreamSpec(7, 3, generation_pb2.StopOptions(max_tokens=99), False, True, pending)
-    return Journal(spec, 0.0, lambda: 1.0)
+    spec = OutputSpec(generation_pb2.StopOptions(max_tokens=99), False, True, pending)
+    return Journal(spec, range(7, 8), 3, 0.0, lambda: 1.0)
 
 
 def step(attempt: int, index: int) -> pb.ServeResponse:

@@ -6,7 +6,7 @@ Invariant: every block is in exactly one of three states.
 - cached: no sequence does, but its hash is known, so a new sequence with the same prefix can take it over as it is;
 - free: neither.
 
-A block is hashed once all of its positions are computed, and never written again while it has a hash: only hashed
+A block is full once all of its positions are computed, and is not written again while anyone refers to it. Only full
 blocks are ever shared, so no writable block is. All operations are O(1) a block.
 """
 
@@ -14,10 +14,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 class OutOfBlocks(Exception):
     """There are not as many free and cached blocks as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """What `lookup` finds now and didn't before, and the other way around. No hash is in both."""
+
+    stored: list[bytes]
+    removed: list[bytes]
+
+    def __bool__(self) -> bool:
+        return bool(self.stored or self.removed)
 
 
 class BlockPool:
@@ -30,11 +42,14 @@ class BlockPool:
         self.block_size = block_size
         self._refs = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
+        self._full = [False] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         # A stack: the block freed last is reused first, its memory is the likeliest to be in the CPU's caches.
         self._free = list(reversed(range(num_blocks)))
         # Least recently released first: the order of eviction.
         self._cached: OrderedDict[int, None] = OrderedDict()
+        # Hashes that changed since last taken, and whether they are found now. None while nobody watches.
+        self._changes: dict[bytes, bool] | None = None
 
     @property
     def num_free(self) -> int:
@@ -68,10 +83,10 @@ class BlockPool:
         return sum(1 for block in blocks if self._refs[block] == 0)
 
     def acquire(self, blocks: Iterable[int]) -> None:
-        """Adds a reference to each of some hashed blocks."""
+        """Adds a reference to each of some full blocks, used or cached."""
         for block in blocks:
-            if self._hashes[block] is None:
-                raise ValueError(f"block {block} is not hashed and can't be shared")
+            if not self._full[block]:
+                raise ValueError(f"block {block} is not full and can't be shared")
             if self._refs[block] == 0:
                 del self._cached[block]
             self._refs[block] += 1
@@ -82,17 +97,23 @@ class BlockPool:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
         return [self._take() for _ in range(count)]
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """Says that a used block is fully computed and holds the content of `block_hash`.
-
-        Where another block is known under the hash already, this one stays private: block tables are never rewritten.
-        """
+    def seal(self, block: int) -> None:
+        """Says that a used block is full: from now on it is only read."""
         if self._refs[block] == 0:
             raise ValueError(f"block {block} is not used")
+        self._full[block] = True
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Seals a block, and has `lookup` find it under the hash of its content.
+
+        Where another block is found under the hash already, this one isn't: block tables are never rewritten.
+        """
+        self.seal(block)
         if block_hash in self._by_hash or self._hashes[block] is not None:
             return
         self._hashes[block] = block_hash
         self._by_hash[block_hash] = block
+        self._note(block_hash, found=True)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drops one reference of each block of one sequence, given in the order of its block table.
@@ -110,6 +131,28 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
+    def watch(self, watched: bool) -> None:
+        """Begins or ends the record of changes. While it runs, `take_changes` is to be called after each step: what it
+        holds is bounded by the blocks that were published and taken since."""
+        if not watched:
+            self._changes = None
+        elif self._changes is None:
+            self._changes = {}
+
+    def take_changes(self) -> CacheChanges:
+        """What changed since last asked; nothing while nobody watches."""
+        stored: list[bytes] = []
+        removed: list[bytes] = []
+        if self._changes:
+            for block_hash, found in self._changes.items():
+                (stored if found else removed).append(block_hash)
+            self._changes = {}
+        return CacheChanges(stored, removed)
+
+    def hashes(self) -> list[bytes]:
+        """Every hash that `lookup` finds."""
+        return list(self._by_hash)
+
     def check(self) -> None:
         """Verifies the invariant over the whole pool; raises RuntimeError where it is broken. O(num_blocks)."""
         free, cached = set(self._free), set(self._cached)
@@ -124,8 +167,10 @@ class BlockPool:
                 problems.append(f"block {block} is free and hashed")
             if block in cached and block_hash is None:
                 problems.append(f"block {block} is cached without a hash")
-            if refs > 1 and block_hash is None:
+            if refs > 1 and not self._full[block]:
                 problems.append(f"block {block} is shared and writable")
+            if block_hash is not None and not self._full[block]:
+                problems.append(f"block {block} is hashed and writable")
             if block_hash is not None and self._by_hash.get(block_hash) != block:
                 problems.append(f"block {block} is not found under its hash")
         if len(self._by_hash) != sum(1 for block_hash in self._hashes if block_hash is not None):
@@ -142,5 +187,12 @@ class BlockPool:
             if block_hash is not None:
                 del self._by_hash[block_hash]
                 self._hashes[block] = None
+                self._note(block_hash, found=False)
         self._refs[block] = 1
+        self._full[block] = False
         return block
+
+    def _note(self, block_hash: bytes, *, found: bool) -> None:
+        # Only the last of several changes counts, so the order between hashes doesn't.
+        if self._changes is not None:
+            self._changes[block_hash] = found

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
-from worker.engine.block_pool import BlockPool
-from worker.engine.plan import Clock, ModelRunner
-from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits, expired
+from worker.engine.block_pool import BlockPool, CacheChanges
+from worker.engine.plan import Clock, Drawn, ModelRunner
+from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from worker.engine.sequence import EndReason, Request, SequenceState
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ IDLE_SECONDS_BEFORE_CHECK = 1.0
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """As many requests are there as may."""
 
 
 class NeverFits(Exception):
@@ -33,7 +33,7 @@ class NeverFits(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a sequence began; reported with its first ids."""
+    """How a request began; reported with the first token of its first choice."""
 
     cached_tokens: int
     queue_seconds: float
@@ -45,9 +45,10 @@ class SequenceReport:
     """What one step brought to one sequence."""
 
     key: Hashable
+    choice: int
     token_index: int
-    """Index of the first of `token_ids` among the generated ids."""
-    token_ids: list[int]
+    """Index of `drawn` among the choice's generated ids."""
+    drawn: Drawn
     start: Start | None
     end: EndReason | None
 
@@ -60,22 +61,34 @@ class LoadReport:
     blocks_in_use: int
     blocks_cached: int
     blocks_free: int
+    preemptions: int
+    """Since the engine was made."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step brought. Steps that only removed sequences are reported too, for the load they leave."""
+    """What one step brought. Steps that only removed sequences are reported too, for the load they leave, and those
+    that only had a snapshot to take."""
 
     number: int
     sequences: list[SequenceReport]
     expired: list[Hashable]
     load: LoadReport
+    cache: CacheChanges
+    """What the prefix cache holds now and didn't before the step, and the other way around; empty if not watched."""
+    snapshot: list[bytes] | None
+    """Hashes of all that the prefix cache holds after the step, if `watch_cache` asked since the last one."""
 
 
 @dataclass(slots=True)
 class _Inbox:
-    submits: deque[SequenceState] = field(default_factory=deque)
-    aborts: deque[Hashable] = field(default_factory=deque)
+    submits: deque[tuple[Request, float]] = field(default_factory=deque)
+    """With the time of arrival."""
+    aborts: deque[tuple[Hashable, int | None]] = field(default_factory=deque)
+    """Requests, or single choices of them."""
+    watched: bool = False
+    """Whether the changes of the prefix cache are wanted."""
+    snapshot: bool = False
     stopping: bool = False
 
 
@@ -86,7 +99,7 @@ class Engine:
         deliver: called from the engine's thread with each step's report.
         fault: called from the engine's thread with the keys of the requests in a step that raised; the engine has
             stopped for good by then, and the process is expected to exit.
-        max_waiting: requests that wait at most, those in the inbox counted.
+        max_waiting: requests that may be there beyond `limits.max_running`, those in the inbox counted.
     """
 
     def __init__(
@@ -102,13 +115,14 @@ class Engine:
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, limits)
         self._runner = runner
-        self._max_waiting = max_waiting
+        self._max_requests = limits.max_running + max_waiting
         self._clock = clock
         self._deliver = deliver
         self._fault = fault
         self._inbox = _Inbox()
         self._wake = threading.Condition()
-        self._sequences: dict[Hashable, SequenceState] = {}
+        self._requests: dict[Hashable, list[SequenceState]] = {}
+        """The sequences of each request that are not ended."""
         self._thread: threading.Thread | None = None
         self._step_started: float | None = None
         self._executing: list[SequenceState] = []
@@ -133,15 +147,30 @@ class Engine:
         if not self.scheduler.fits(len(request.prompt_ids) + request.max_tokens):
             raise NeverFits
         with self._wake:
-            if len(self.scheduler.waiting) + len(self._inbox.submits) >= self._max_waiting:
+            # Not by who waits now: of a burst on an idle worker all do until its next step.
+            if len(self._requests) + len(self._inbox.submits) >= self._max_requests:
                 raise QueueFull
-            self._inbox.submits.append(SequenceState.of(request, self._clock()))
+            self._inbox.submits.append((request, self._clock()))
             self._wake.notify()
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drops requests; unknown keys are ignored. Their blocks are free before the next step. Any thread."""
         with self._wake:
-            self._inbox.aborts.extend(keys)
+            self._inbox.aborts.extend((key, None) for key in keys)
+            self._wake.notify()
+
+    def abort_choice(self, key: Hashable, choice: int) -> None:
+        """Drops one choice of a request whose others go on; unknown ones are ignored. Any thread."""
+        with self._wake:
+            self._inbox.aborts.append((key, choice))
+            self._wake.notify()
+
+    def watch_cache(self, watched: bool) -> None:
+        """Asks for the prefix cache's changes in every report from the next one on, and for a snapshot in that one; or
+        for no more of them. A snapshot and the changes of all reports behind it are what the cache holds. Any thread.
+        """
+        with self._wake:
+            self._inbox.watched = self._inbox.snapshot = watched
             self._wake.notify()
 
     def seconds_in_step(self) -> float:
@@ -152,17 +181,19 @@ class Engine:
     def step(self) -> StepReport | None:
         """Takes in what arrived, runs one step, and returns its report; None if there was nothing to do."""
         now = self._clock()
-        self._take_inbox()
-        late = expired(self._sequences.values(), now)
-        for sequence in late:
-            self._forget(sequence)
+        snapshot = self._take_inbox()
+        late = [key for key, sequences in self._requests.items() if sequences[0].request.deadline <= now]
+        for key in late:
+            for sequence in list(self._requests[key]):
+                self._end(sequence)
         scheduled = self.scheduler.schedule(now)
-        if not (scheduled.sequences or late or self._aborted_some):
+        if not (scheduled.sequences or late or self._aborted_some or snapshot):
             return None
         reports = self._execute(scheduled, now) if scheduled.sequences else []
         self._aborted_some = False
         self.load = self._count_load()
-        return StepReport(self.steps, reports, [sequence.request.key for sequence in late], self.load)
+        cache = self.pool.take_changes()
+        return StepReport(self.steps, reports, late, self.load, cache, self.pool.hashes() if snapshot else None)
 
     def _execute(self, scheduled: Scheduled, now: float) -> list[SequenceReport]:
         self._step_started, self._executing = now, scheduled.sequences
@@ -170,42 +201,63 @@ class Engine:
         self._step_started, self._executing = None, []
         self.steps += 1
         reports = []
-        for sequence, chunk, token in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
+        for sequence, chunk, tokens in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
             self.scheduler.computed(sequence, len(chunk.token_ids))
-            if token is not None:
-                reports.append(self._apply(sequence, token))
+            if tokens:
+                reports += self._apply(sequence, tokens)
         return reports
 
-    def _apply(self, sequence: SequenceState, token: int) -> SequenceReport:
-        """Adds a drawn token to its sequence, and ends the sequence if it is the last."""
+    def _apply(self, sequence: SequenceState, drawn: Sequence[Drawn]) -> list[SequenceReport]:
+        """Adds the first of the drawn tokens to its sequence; the others each begin a choice with the same prompt."""
         request = sequence.request
-        index = sequence.num_generated
-        sequence.tokens.append(token)
+        first, *others = drawn
         start = None
-        if index == len(request.generated_ids):
-            first = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
-            start = Start(sequence.cached_tokens, first - sequence.arrival, self._clock() - first)
-        end = sequence.end_reason()
-        if end is not None:
-            self._forget(sequence)
-        return SequenceReport(request.key, index, [token], start, end)
+        if sequence.choice == 0 and sequence.num_generated == len(request.choices[0]):
+            began = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
+            start = Start(sequence.cached_tokens, began - sequence.arrival, self._clock() - began)
+        forks = [sequence.fork(choice, token.token_id) for choice, token in enumerate(others, sequence.choice + 1)]
+        sequence.unborn = 0
+        sequence.tokens.append(first.token_id)
+        reports = [
+            SequenceReport(request.key, member.choice, member.num_generated - 1, token, None, member.end_reason())
+            for member, token in zip((sequence, *forks), drawn, strict=True)
+        ]
+        reports[0] = replace(reports[0], start=start)
+        self._requests[request.key] += forks
+        for fork in forks:
+            self.scheduler.fork(sequence, fork)
+        for member, report in zip((sequence, *forks), reports, strict=True):
+            if report.end is not None:
+                self._end(member)
+        return reports
 
-    def _take_inbox(self) -> None:
+    def _take_inbox(self) -> bool:
+        """Takes in what arrived; returns whether a snapshot of the prefix cache is wanted."""
         with self._wake:
+            watched, snapshot, self._inbox.snapshot = self._inbox.watched, self._inbox.snapshot, False
             submits, aborts = self._inbox.submits, self._inbox.aborts
             self._inbox.submits, self._inbox.aborts = deque(), deque()
-            for sequence in submits:
-                self._sequences[sequence.request.key] = sequence
-                self.scheduler.add(sequence)
+            for request, arrival in submits:
+                sequences = SequenceState.of(request, arrival)
+                self._requests[request.key] = sequences
+                for sequence in sequences:
+                    self.scheduler.add(sequence)
         # Whoever aborts a request has submitted it before: its submit is in by now.
-        for key in aborts:
-            if (aborted := self._sequences.get(key)) is not None:
-                self._forget(aborted)
+        for key, choice in aborts:
+            aborted = [s for s in self._requests.get(key, ()) if choice is None or s.choice == choice]
+            for sequence in aborted:
+                self._end(sequence)
                 self._aborted_some = True
+        self.pool.watch(watched)
+        return snapshot
 
-    def _forget(self, sequence: SequenceState) -> None:
-        del self._sequences[sequence.request.key]
+    def _end(self, sequence: SequenceState) -> None:
+        """Takes out a sequence that has all of its tokens, or wants no more."""
         self.scheduler.remove(sequence)
+        siblings = self._requests[sequence.request.key]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.key]
 
     def _count_load(self) -> LoadReport:
         return LoadReport(
@@ -215,6 +267,7 @@ class Engine:
             blocks_in_use=self.pool.num_used,
             blocks_cached=self.pool.num_cached,
             blocks_free=self.pool.num_free,
+            preemptions=self.scheduler.preemptions,
         )
 
     def _run(self) -> None:
@@ -227,7 +280,7 @@ class Engine:
                     self._sleep()
         except Exception:
             log.exception("step %d raised; the process ends", self.steps + 1)
-            self._fault([sequence.request.key for sequence in self._executing])
+            self._fault(list(dict.fromkeys(sequence.request.key for sequence in self._executing)))
 
     def _sleep(self) -> None:
         """Waits for work; verifies the pool once if none comes for a while."""
@@ -239,4 +292,5 @@ class Engine:
             self._wake.wait_for(self._has_work)
 
     def _has_work(self) -> bool:
-        return bool(self._inbox.submits or self._inbox.aborts or self._inbox.stopping)
+        inbox = self._inbox
+        return bool(inbox.submits or inbox.aborts or inbox.snapshot or inbox.stopping)

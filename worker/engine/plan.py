@@ -6,8 +6,8 @@ group share; a runner holds no policy. Nothing here imports torch: the engine is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 GREEDY_TEMPERATURE = 0.0
@@ -30,10 +30,28 @@ class SamplingParams:
     """Drop ids less probable than this times the most probable id, in [0, 1)."""
     seed: int = 0
     """Key of the counter-based random numbers, an unsigned 64-bit integer."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, multiplies negative ones, of ids that prompt or output hold; 1 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a logit once for each time the output holds its id."""
+    presence_penalty: float = 0.0
+    """Subtracted from a logit if the output holds its id."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to logits, by id."""
+    allowed_ids: Sequence[int] = ()
+    """If not empty, no other id is drawn."""
+    logprobs: int | None = None
+    """How many alternatives the log-probabilities of a drawn id come with; None asks for none at all."""
 
     @property
     def greedy(self) -> bool:
         return self.temperature == GREEDY_TEMPERATURE
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before a draw, ids banned at single positions aside."""
+        penalized = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+        return penalized or bool(self.logit_bias) or bool(self.allowed_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +63,11 @@ class Draw:
     """Index of the choice within its request: part of the random counter."""
     position: int
     """Index of the token to draw among the choice's generated ids, from 0: part of the random counter."""
+    prompt_ids: Sequence[int] = ()
+    generated_ids: Sequence[int] = ()
+    """The choice's ids so far; like `prompt_ids`, given where the parameters have penalties."""
+    banned_ids: Sequence[int] = ()
+    """Ids that may not be drawn here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +80,19 @@ class Chunk:
     """Position of the first id in the sequence; the KV of all earlier positions is in the block table's blocks."""
     block_table: Sequence[int]
     """Block ids in order; block i holds positions i * block_size to (i + 1) * block_size - 1. Covers this chunk."""
-    draw: Draw | None
-    """None while more of the prompt is to come: then no logits are computed."""
+    draws: Sequence[Draw] = ()
+    """What to draw from the logits of the last position: empty while more of the prompt is to come (then no logits are
+    computed), several where choices of one request begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A drawn id, with its log-probability and the most probable ids where asked for: before edits and filters."""
+
+    token_id: int
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
+    """(id, log-probability), most probable first, ties by id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +100,8 @@ class StepPlan:
     """One step: chunks of distinct sequences, in the order in which results come back."""
 
     chunks: Sequence[Chunk]
+    copies: Sequence[tuple[int, int]] = ()
+    """(from, to): blocks whose keys and values are copied, one after another, before anything is computed."""
 
     @property
     def num_tokens(self) -> int:
@@ -81,9 +117,9 @@ class ModelRunner(Protocol):
     @property
     def block_size(self) -> int: ...
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
-        """Computes every chunk, writes its keys and values to the cache, and returns one entry a chunk: the id
-        drawn, or None where the chunk has no draw. Any exception is fatal to the process that runs it."""
+    def execute(self, plan: StepPlan) -> list[list[Drawn]]:
+        """Copies blocks, computes every chunk, writes its keys and values to the cache, and returns one list a chunk:
+        what was drawn, in the order of its draws. Any exception is fatal to the process that runs it."""
         ...
 
 

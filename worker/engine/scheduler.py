@@ -12,12 +12,11 @@ tokens are computed anew later (and found in the prefix cache where they still a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwire import prefix
 from worker.engine.block_pool import BlockPool
-from worker.engine.plan import Chunk, Draw, StepPlan
+from worker.engine.plan import Chunk, StepPlan
 from worker.engine.sequence import SequenceState
 
 
@@ -46,6 +45,8 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.preemptions = 0
+        self._copies: list[tuple[int, int]] = []
+        """Blocks to copy at the beginning of the next step."""
 
     def fits(self, total_tokens: int) -> bool:
         """Whether a sequence of that many tokens could run if it had the pool to itself."""
@@ -95,17 +96,40 @@ class Scheduler:
             budget -= count
             chunks.append(_chunk(admitted, count))
             scheduled.append(admitted)
-        return Scheduled(StepPlan(chunks), scheduled)
+        copies, self._copies = (self._copies, []) if chunks else ([], self._copies)
+        return Scheduled(StepPlan(chunks, copies), scheduled)
+
+    def fork(self, parent: SequenceState, child: SequenceState) -> None:
+        """Starts a choice that shares its parent's prompt, of which the parent has just computed the last token.
+
+        Full blocks are shared. The last, unless full, is copied, because both will write to it: copy on write, done
+        at once. Without a block or a place for it the child waits, and computes again what the cache doesn't hold.
+        """
+        shared, rest = divmod(parent.computed, self.pool.block_size)
+        if len(self.running) == self.limits.max_running or (rest and not self.pool.num_available):
+            self.waiting.appendleft(child)
+            return
+        self.pool.acquire(parent.blocks[:shared])
+        child.blocks = parent.blocks[:shared]
+        if rest:
+            child.blocks += self.pool.allocate(1)
+            self._copies.append((parent.blocks[shared], child.blocks[shared]))
+        child.computed = parent.computed
+        child.published = shared
+        self.running.append(child)
 
     def computed(self, sequence: SequenceState, count: int) -> None:
         """Notes that `count` more tokens of a running sequence are in its blocks, and shares the blocks they filled."""
         sequence.computed += count
+        full = sequence.computed // self.pool.block_size
         if sequence.request.use_prefix_cache:
-            full = sequence.computed // self.pool.block_size
             self._hash(sequence, full)
             for index in range(sequence.published, full):
                 self.pool.publish(sequence.blocks[index], sequence.hashes[index])
-            sequence.published = max(sequence.published, full)
+        else:
+            for block in sequence.blocks[sequence.published : full]:
+                self.pool.seal(block)
+        sequence.published = max(sequence.published, full)
 
     def waiting_tokens(self) -> int:
         """Tokens of waiting and running sequences that are still to be computed before each draws its next."""
@@ -195,14 +219,10 @@ class Scheduler:
         return -(-tokens // self.pool.block_size)
 
 
-def expired(sequences: Iterable[SequenceState], now: float) -> list[SequenceState]:
-    """Those whose deadline has passed."""
-    return [sequence for sequence in sequences if sequence.request.deadline <= now]
-
-
 def _chunk(sequence: SequenceState, count: int) -> Chunk:
     start = sequence.computed
-    draw = None
+    draws = []
     if start + count == sequence.total:
-        draw = Draw(sequence.request.sampling, 0, sequence.num_generated)
-    return Chunk(sequence.tokens[start : start + count], start, sequence.blocks, draw)
+        choices = range(sequence.choice, sequence.choice + 1 + sequence.unborn)
+        draws = [sequence.draw(choice) for choice in choices]
+    return Chunk(sequence.tokens[start : start + count], start, sequence.blocks, draws)

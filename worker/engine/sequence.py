@@ -11,7 +11,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
-from worker.engine.plan import SamplingParams
+from worker.engine.plan import Draw, SamplingParams
 
 
 class EndReason(Enum):
@@ -30,11 +30,15 @@ class Request:
     """Names the request to whoever asked; unique while it lives."""
     prompt_ids: Ids[int]
     """At least one id."""
-    generated_ids: Ids[int] = ()
-    """Ids that were generated before, elsewhere: generation goes on behind them."""
+    choices: Ids[Ids[int]] = ((),)
+    """One a choice: ids that were generated before, elsewhere; generation goes on behind them."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int = 1
-    """Generated ids in all, those of `generated_ids` counted."""
+    """Generated ids of a choice in all, those in `choices` counted."""
+    min_tokens: int = 0
+    """Until so many ids are generated, no id ends a choice: such ids are not drawn."""
+    bad_words: Ids[Ids[int]] = ()
+    """Sequences of ids whose last one is not drawn behind the others."""
     eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
     deadline: float = math.inf
@@ -50,8 +54,11 @@ class SequenceState:
 
     request: Request
     arrival: float
+    choice: int
     tokens: list[int]
     """Prompt and generated ids."""
+    unborn: int = 0
+    """Choices behind this one that begin when this one draws its first token: they share its prompt."""
     computed: int = 0
     """Positions whose keys and values are in `blocks`."""
     blocks: list[int] = field(default_factory=list)
@@ -65,8 +72,52 @@ class SequenceState:
     preemptions: int = 0
 
     @classmethod
-    def of(cls, request: Request, arrival: float) -> SequenceState:
-        return cls(request, arrival, [*request.prompt_ids, *request.generated_ids])
+    def of(cls, request: Request, arrival: float) -> list[SequenceState]:
+        """The sequences that a request begins with. Choices of which nothing is generated yet are one sequence until
+        their prompt is computed; others find what they share in the prefix cache."""
+        count = len(request.choices)
+        if count > 1 and not any(request.choices):
+            return [cls(request, arrival, 0, list(request.prompt_ids), unborn=count - 1)]
+        return [
+            cls(request, arrival, choice, [*request.prompt_ids, *generated])
+            for choice, generated in enumerate(request.choices)
+        ]
+
+    def fork(self, choice: int, token: int) -> SequenceState:
+        """Another choice that begins with `token` behind the same prompt; it has no blocks yet."""
+        return SequenceState(
+            self.request,
+            self.arrival,
+            choice,
+            [*self.request.prompt_ids, token],
+            hashes=self.hashes[:],
+            cached_tokens=self.cached_tokens,
+            first_scheduled=self.first_scheduled,
+        )
+
+    def draw(self, choice: int) -> Draw:
+        """How the next token of this sequence is drawn, or the first of a choice that begins with it."""
+        request = self.request
+        penalized = request.sampling.edits_logits
+        return Draw(
+            request.sampling,
+            choice,
+            self.num_generated,
+            prompt_ids=request.prompt_ids if penalized else (),
+            generated_ids=self.tokens[len(request.prompt_ids) :] if penalized else (),
+            banned_ids=self._banned() if request.min_tokens or request.bad_words else (),
+        )
+
+    def _banned(self) -> list[int]:
+        request = self.request
+        banned: list[int] = []
+        if self.num_generated < request.min_tokens:
+            banned += sorted(request.eos_ids | request.stop_ids)
+        first = len(request.prompt_ids)
+        for *before, last in request.bad_words:
+            if len(before) <= self.num_generated and self.tokens[max(first, self.total - len(before)) :] == before:
+                banned.append(last)
+        return banned
 
     @property
     def total(self) -> int:

@@ -11,7 +11,7 @@ size or on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -70,6 +70,29 @@ class SamplingBatch:
     seed: npt.NDArray[np.uint64]
     choice: npt.NDArray[np.int64]
     position: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Single logits: entry i is logits[rows[i], ids[i]]; no pair comes up twice. Arrays of one length."""
+
+    rows: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitEdits:
+    """Changes to logits before a draw, in the order in which they are made."""
+
+    repeated: Entries
+    """Divided by the value if positive, else multiplied by it (repetition penalty, Keskar et al. 2019)."""
+    added: Entries
+    """The value is added (frequency and presence penalty, bias)."""
+    allowed: Mapping[int, npt.NDArray[np.int64]]
+    """By row: all other ids become -inf."""
+    banned: Entries
+    """Become -inf; the values don't matter."""
 
 
 class Kernels(Protocol):
@@ -132,5 +155,15 @@ class Kernels(Protocol):
         the shortest run from its start whose probabilities (softmax over what top_k kept) sum to at least top_p; min_p
         those at least min_p times as probable as the first. Of the ids left the one with the greatest logit /
         temperature + Gumbel(id) wins (`worker.kernels.philox`), ties to the lower id. Temperature 0 takes the first.
+        """
+        ...
+
+    def edit_logits(self, logits: Tensor, edits: LogitEdits) -> None:
+        """Edits float32 logits [S, V] in place."""
+        ...
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Natural logarithms of softmax(logits), float32 [S, V]: of `tokens` int64 [S], and of the `count` most
+        probable ids, most probable first, ties by id. Returns [S], ids [S, count] and [S, count].
         """
         ...

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from worker.engine.plan import Draw, StepPlan
-from worker.kernels import RaggedBatch, SamplingBatch
+from worker.engine.plan import StepPlan
+from worker.kernels import RaggedBatch
 from worker.kernels.interface import ROW_TILE
 
 
@@ -60,17 +59,3 @@ def build_step(plan: StepPlan, num_blocks: int, block_size: int, max_positions: 
     block_of = blocks[np.repeat(first_block, lengths) + positions[:total] // block_size]
     slots = block_of * block_size + positions[:total] % block_size
     return StepArrays(ids, positions, slots, last_rows, RaggedBatch(starts, lengths, tables, num_blocks, block_size))
-
-
-def build_sampling(draws: Sequence[Draw]) -> SamplingBatch:
-    """One row a draw."""
-    count = len(draws)
-    return SamplingBatch(
-        temperature=np.fromiter((draw.params.temperature for draw in draws), np.float32, count),
-        top_k=np.fromiter((draw.params.top_k for draw in draws), np.int64, count),
-        top_p=np.fromiter((draw.params.top_p for draw in draws), np.float64, count),
-        min_p=np.fromiter((draw.params.min_p for draw in draws), np.float64, count),
-        seed=np.fromiter((draw.params.seed for draw in draws), np.uint64, count),
-        choice=np.fromiter((draw.choice for draw in draws), np.int64, count),
-        position=np.fromiter((draw.position for draw in draws), np.int64, count),
-    )

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from qwire.v1 import plan_pb2 as pb
-from worker.engine.plan import ModelRunner, StepPlan
+from worker.engine.plan import Drawn, ModelRunner, StepPlan
 from worker.parallel import Group, GroupError
 from worker.runner.runner import TorchRunner
 from worker.runner.wire import BEAT, STOP, decode_step, encode_step
@@ -47,7 +47,7 @@ class ParallelRunner:
     def block_size(self) -> int:
         return self._runner.block_size
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
+    def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         """See `worker.engine.plan.ModelRunner.execute`."""
         with self._lock:
             self._ordered = True

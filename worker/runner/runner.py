@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.plan import StepPlan
+from worker.engine.plan import Drawn, StepPlan
 from worker.kernels import Kernels, KVCache, ReferenceKernels
 from worker.model import ModelConfig, ModelError, Shard, check_shares, load_model
 from worker.model.config import DTYPES
 from worker.model.qwen import StepInputs
 from worker.model.rope import rotation_table
 from worker.parallel import Group
-from worker.runner.batch import StepArrays, build_sampling, build_step, padded
+from worker.runner.batch import StepArrays, build_step, padded
+from worker.runner.drawing import draw_all
 
 
 def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
@@ -81,20 +84,27 @@ class TorchRunner:
     def block_size(self) -> int:
         return self._block_size
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
-        """See `worker.engine.plan.ModelRunner.execute`. Rank 0 alone draws: on others every entry is None."""
-        drawing = [index for index, chunk in enumerate(plan.chunks) if chunk.draw is not None]
+    def execute(self, plan: StepPlan) -> list[list[Drawn]]:
+        """See `worker.engine.plan.ModelRunner.execute`. Rank 0 alone draws: on others every entry is empty."""
+        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
         with torch.inference_mode():
+            self._copy(plan.copies)
             step = self._build(plan)
             hidden = self._hidden(step)
-            if not drawing:
-                return [None] * len(plan.chunks)
-            logits = self._logits(hidden[torch.from_numpy(step.last_rows[drawing])])
+            if not draws:
+                return [[] for _ in plan.chunks]
+            rows = np.repeat(step.last_rows, [len(chunk.draws) for chunk in plan.chunks])
+            logits = self._logits(hidden[torch.from_numpy(rows)])
             if logits is None:
-                return [None] * len(plan.chunks)
-            sampling = build_sampling([chunk.draw for chunk in plan.chunks if chunk.draw is not None])
-            tokens = iter(self._kernels.sample(logits, sampling).tolist())
-        return [None if chunk.draw is None else next(tokens) for chunk in plan.chunks]
+                return [[] for _ in plan.chunks]
+            drawn = iter(draw_all(self._kernels, logits, draws))
+        return [[next(drawn) for _ in chunk.draws] for chunk in plan.chunks]
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            for cache in self.caches:
+                cache.keys[:, target] = cache.keys[:, source]
+                cache.values[:, target] = cache.values[:, source]
 
     def forward_logits(self, plan: StepPlan) -> Tensor:
         """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict

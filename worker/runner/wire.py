@@ -20,10 +20,11 @@ def encode_step(plan: StepPlan) -> bytes:
                     token_ids=chunk.token_ids,
                     start=chunk.start,
                     block_table=chunk.block_table,
-                    draws=chunk.draw is not None,
+                    draws=len(chunk.draws),
                 )
                 for chunk in plan.chunks
-            ]
+            ],
+            copies=[pb.PlannedCopy(source=source, target=target) for source, target in plan.copies],
         )
     ).SerializeToString()
 
@@ -36,8 +37,9 @@ def decode_step(step: pb.PlannedStep) -> StepPlan:
                 token_ids=tuple(chunk.token_ids),
                 start=chunk.start,
                 block_table=tuple(chunk.block_table),
-                draw=_DRAWN_ELSEWHERE if chunk.draws else None,
+                draws=(_DRAWN_ELSEWHERE,) * chunk.draws,
             )
             for chunk in step.chunks
-        )
+        ),
+        tuple((copy.source, copy.target) for copy in step.copies),
     )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from worker.kernels.interface import AttentionPlan, KVCache, PreparedLinear, RaggedBatch, SamplingBatch
+from worker.kernels.interface import AttentionPlan, KVCache, LogitEdits, PreparedLinear, RaggedBatch, SamplingBatch
 from worker.kernels.reference import attention, dense, rope, sampling
+from worker.kernels.reference import logits as logits_
 
 __all__ = ["ReferenceKernels"]
 
@@ -48,3 +49,9 @@ class ReferenceKernels:
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return sampling.sample(logits, batch)
+
+    def edit_logits(self, logits: Tensor, edits: LogitEdits) -> None:
+        logits_.edit_logits(logits, edits)
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        return logits_.logprobs(logits, tokens, count)

@@ -127,7 +127,7 @@ def _cuts(
     mass = torch.zeros(peak.shape, dtype=torch.float64)
     unlimited = pending[limit[pending] == vocab]
     if len(unlimited):
-        mass[unlimited] = _total_mass(values[unlimited], peak[unlimited])
+        mass[unlimited] = total_mass(values[unlimited], peak[unlimited])
     for width in _WIDTHS:
         if not len(pending):
             break
@@ -151,7 +151,7 @@ def _cuts(
     return value, last_id
 
 
-def _total_mass(values: Tensor, peak: Tensor) -> Tensor:
+def total_mass(values: Tensor, peak: Tensor) -> Tensor:
     """Sum of exp(value - peak) over the vocabulary, float64 [S], in tiles of fixed size."""
     weights = torch.exp(values - peak[:, None])
     padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SUM_TILE))

@@ -1,0 +1,167 @@
+"""One choice of a stream: the ids and the text that it has got so far, and what of them is still to be written.
+
+Ids arrive from the worker in order and are kept, all of them: with the prompt, the resolved parameters and the seed
+they are what the choice could be continued from. Text arrives from the tokenizer service for a growing prefix of the
+ids. What the client hasn't been sent yet is one pending Delta, into which later output is merged: its size depends on
+how fast the client reads, the bytes that it carries do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from qwire.errors import QwireError, Reason
+from qwire.v1 import generation_pb2 as pb
+from qwire.v1 import tokenizer_pb2, worker_pb2
+
+FINISH_REASONS = {
+    worker_pb2.END_REASON_EOS: pb.FINISH_REASON_EOS,
+    worker_pb2.END_REASON_STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
+    worker_pb2.END_REASON_LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+class IndexGap(Exception):
+    """A worker's ids don't continue those it sent before."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """What a stream is to carry, and when its choices end."""
+
+    stop: pb.StopOptions
+    want_text: bool
+    want_ids: bool
+    max_pending_tokens: int
+
+    @property
+    def detokenized(self) -> bool:
+        """Whether ids pass through the tokenizer service at all."""
+        return self.want_text or bool(self.stop.strings)
+
+
+class Choice:
+    """State of one choice. `fail` ends its whole stream."""
+
+    def __init__(self, index: int, sequence: int, spec: OutputSpec, fail: Callable[[QwireError], None]) -> None:
+        self.index = index
+        self.sequence = sequence
+        """Names the choice to the detokenizer."""
+        self.spec = spec
+        self.fail = fail
+        self.ids: list[int] = []
+        """Every id received until the choice was complete, those after a stop string in the same step too."""
+        self.complete = False
+        """All of its output is in Deltas, the pending one included."""
+        self.first_token = 0.0
+        self.last_token = 0.0
+        """When ids came, in seconds on the stream's clock."""
+        self._logprobs: list[pb.TokenLogprobs] = []
+        self._delivered = 0
+        """How many of `ids` are in Deltas, the pending one included."""
+        self._text_bytes = 0
+        self._pending: pb.Delta | None = None
+        self._end: worker_pb2.EndReason.ValueType = worker_pb2.END_REASON_UNSPECIFIED
+        self._match: str | None = None
+
+    @property
+    def ended_at_worker(self) -> bool:
+        """Whether the worker is done with it by itself."""
+        return self._end != worker_pb2.END_REASON_UNSPECIFIED
+
+    def receive(self, step: worker_pb2.SequenceStep, now: float) -> list[tokenizer_pb2.DetokenizeRequest]:
+        """Takes in new ids; returns what the detokenizer is to be told. Raises IndexGap."""
+        if step.token_index != len(self.ids):
+            raise IndexGap(f"ids from index {step.token_index} on, {len(self.ids)} were there")
+        if not self.ids:
+            self.first_token = now
+        self.last_token = now
+        first = len(self.ids)
+        self.ids += step.token_ids
+        self._logprobs += step.logprobs
+        if step.HasField("end"):
+            self._end = step.end.reason
+        if self.spec.detokenized:
+            return self._pushes(first)
+        self._emit(len(self.ids), "")
+        self.complete = self.ended_at_worker
+        return []
+
+    def open_requests(self) -> list[tokenizer_pb2.DetokenizeRequest]:
+        """Opens the choice at the detokenizer where its text stands now, and hands on what came since."""
+        stop = self.spec.stop
+        opening = tokenizer_pb2.DetokenizeOpen(
+            sequence=self.sequence,
+            start_ids=self.ids[: self._delivered],
+            stop_strings=stop.strings,
+            include_stop=stop.include_stop,
+            min_tokens=stop.min_tokens,
+        )
+        return [tokenizer_pb2.DetokenizeRequest(open=opening), *self._pushes(self._delivered)]
+
+    def take_piece(self, piece: tokenizer_pb2.DetokenizePiece) -> None:
+        """Takes in text for a longer prefix of the ids."""
+        if piece.HasField("error"):
+            self.fail(
+                QwireError(grpc.StatusCode.INTERNAL, "the output could not be turned into text", reason=Reason.INTERNAL)
+            )
+            return
+        self._emit(piece.ids_consumed, piece.text)
+        if piece.HasField("match"):
+            self._match = piece.match
+            self.complete = True
+        elif piece.final:
+            self.complete = True
+
+    def take_delta(self) -> pb.Delta | None:
+        """What is still to be written, once."""
+        pending, self._pending = self._pending, None
+        return pending
+
+    def finished(self) -> pb.Finished:
+        """How it ended; prompt usage, timing and placement are the stream's to fill in."""
+        reason = pb.FINISH_REASON_STOP_STRING if self._match is not None else FINISH_REASONS[self._end]
+        finished = pb.Finished(choice=self.index, reason=reason, usage=pb.Usage(generated_tokens=self._delivered))
+        if self._match is not None:
+            finished.stop_string = self._match
+        elif self._end in (worker_pb2.END_REASON_EOS, worker_pb2.END_REASON_STOP_TOKEN):
+            finished.stop_token_id = self.ids[-1]
+        return finished
+
+    def _pushes(self, first: int) -> list[tokenizer_pb2.DetokenizeRequest]:
+        requests = []
+        if first < len(self.ids):
+            push = tokenizer_pb2.DetokenizePush(sequence=self.sequence, first_index=first, ids=self.ids[first:])
+            requests.append(tokenizer_pb2.DetokenizeRequest(push=push))
+        if self.ended_at_worker:
+            close = tokenizer_pb2.DetokenizeClose(sequence=self.sequence)
+            requests.append(tokenizer_pb2.DetokenizeRequest(close=close))
+        return requests
+
+    def _emit(self, consumed: int, text: str) -> None:
+        """Adds ids up to `consumed` and new text to the pending Delta."""
+        ids = self.ids[self._delivered : consumed]
+        text = text if self.spec.want_text else ""
+        if not (ids or text):
+            return
+        unread = self._pending is not None
+        if self._pending is None:
+            self._pending = pb.Delta(choice=self.index, token_index=self._delivered, text_offset=self._text_bytes)
+        if self.spec.want_ids:
+            self._pending.token_ids.extend(ids)
+        self._pending.logprobs.extend(self._logprobs[self._delivered : consumed])
+        self._pending.text += text
+        self._delivered = max(self._delivered, consumed)
+        self._text_bytes += len(text.encode())
+        # Many ids at once, from a tokenizer service that was away for a while, are not the reader's fault.
+        if ids and unread and self._delivered - self._pending.token_index > self.spec.max_pending_tokens:
+            self.fail(
+                QwireError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"the stream was not read: over {self.spec.max_pending_tokens} tokens wait",
+                    reason=Reason.SLOW_READER,
+                )
+            )
