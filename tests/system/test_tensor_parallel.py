@@ -67,7 +67,13 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, shape: str) -> None:
             seeded = [answer(client, prompt, temperature=1.0, seed=5) for prompt in PROMPTS]
             assert answers(client, PROMPTS) == greedy
             assert answers(client, PROMPTS, temperature=1.0, seed=5) == seeded
-            got.append((greedy, seeded))
+            penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5}
+            forked = client.generate(
+                token_ids=PROMPTS[1], n=3, seed=2, temperature=1.0, max_tokens=20, ignore_eos=True, **penalties
+            ).read()
+            choices = [choice.token_ids for choice in forked.choices.values()]
+            assert len({tuple(ids) for ids in choices}) == 3
+            got.append((greedy, seeded, choices))
             numerics.append(client.model().numerics_id)
     assert got[0] == got[1]
     assert numerics[0] != numerics[1]
