@@ -106,6 +106,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             blocks_total=sum(link.info.num_blocks for link in links if link.info is not None),
             requests_running=sum(link.load.running for link in links),
             requests_waiting=sum(link.load.waiting for link in links),
+            preemptions=sum(link.load.preemptions for link in links),
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> NoReturn:

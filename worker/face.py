@@ -351,6 +351,7 @@ def _load(load: LoadReport, link: Link) -> pb.Load:
         blocks_cached=load.blocks_cached,
         blocks_free=load.blocks_free,
         submits_seen=link.submits_seen,
+        preemptions=load.preemptions,
     )
 
 

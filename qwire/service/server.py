@@ -33,6 +33,7 @@ HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # Noticing a stopped peer takes the ping timeout (60 s by default), whatever the keepalive timeout says. The option's
 # name has no "recv" in it, and gRPC ignores names that it doesn't know.
 LINK_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.enable_http_proxy", 0),  # a proxy that the environment names is for the world outside
     ("grpc.keepalive_time_ms", 1_000),
     ("grpc.http2.ping_timeout_ms", 1_500),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -44,6 +45,10 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),  # or a second server shares the port silently
+    # Calls that the event loop hasn't come to yet. From 1,000 on gRPC drops some of them at random, and their callers
+    # see CANCELLED; a service's own limits answer with a reason.
+    ("grpc.server.max_pending_requests", 65_536),
+    ("grpc.server.max_pending_requests_hard_limit", 65_536),
 )
 
 

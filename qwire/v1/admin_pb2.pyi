@@ -197,6 +197,7 @@ class GetStateResponse(_message.Message):
     BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
     REQUESTS_RUNNING_FIELD_NUMBER: _builtins.int
     REQUESTS_WAITING_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     active_streams: _builtins.int
     """Streams that this router is serving."""
     blocks_in_use: _builtins.int
@@ -207,6 +208,8 @@ class GetStateResponse(_message.Message):
     requests_running: _builtins.int
     """Requests running and waiting over all workers."""
     requests_waiting: _builtins.int
+    preemptions: _builtins.int
+    """How often running requests had to give their KV blocks to others, over all workers since they started."""
     def __init__(
         self,
         *,
@@ -216,10 +219,11 @@ class GetStateResponse(_message.Message):
         blocks_total: _builtins.int = ...,
         requests_running: _builtins.int = ...,
         requests_waiting: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "preemptions", b"preemptions", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

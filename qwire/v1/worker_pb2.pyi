@@ -808,6 +808,7 @@ class Load(_message.Message):
     BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     BLOCKS_FREE_FIELD_NUMBER: _builtins.int
     SUBMITS_SEEN_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -819,6 +820,8 @@ class Load(_message.Message):
     blocks_free: _builtins.int
     submits_seen: _builtins.int
     """Submits of this router that the report covers: what was sent since comes on top."""
+    preemptions: _builtins.int
+    """How often a running request had to give its KV blocks to others since the worker started."""
     def __init__(
         self,
         *,
@@ -829,10 +832,11 @@ class Load(_message.Message):
         blocks_cached: _builtins.int = ...,
         blocks_free: _builtins.int = ...,
         submits_seen: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections import Counter
 from typing import Any
 
 import grpc
 import pytest
 
-from qwire import Client, QwireError, Reason
+from qwire import AsyncClient, Client, QwireError, Reason
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, tokenizer_pb2
-from tests.helpers.stacks import RunningStack
+from tests.helpers.stacks import RunningStack, eventually
 from tests.helpers.wire import field_bytes, raw_stream, raw_unary
 
 
@@ -84,19 +86,15 @@ def test_malformed_messages_and_unknown_fields(tiny: RunningStack) -> None:
 def test_what_this_release_lacks_says_so(tiny: RunningStack) -> None:
     with grpc.insecure_channel(tiny.address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        calls: list[tuple[Any, Any]] = [
-            (stub.GenerateOnce, pb.GenerateOnceRequest()),
-            (stub.Embed, pb.EmbedRequest()),
-            (stub.Score, pb.ScoreRequest()),
-        ]
+        calls: list[tuple[Any, Any]] = [(stub.Embed, pb.EmbedRequest()), (stub.Score, pb.ScoreRequest())]
         for call, request in calls:
             with pytest.raises(grpc.RpcError) as caught:
                 call(request)
             error = QwireError.from_rpc(caught.value)
             assert (error.code, error.reason) == (grpc.StatusCode.UNIMPLEMENTED, Reason.NOT_IN_THIS_RELEASE)
     with tiny.client() as client:
-        error = refused(client, n=2)
-        assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.n")
+        error = refused(client, priority=2)
+        assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "priority")
 
 
 def test_large_messages(tiny: RunningStack) -> None:
@@ -106,6 +104,30 @@ def test_large_messages(tiny: RunningStack) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 next(call(field_bytes(3, b"x" * (size * 1024 * 1024))))
             assert QwireError.from_rpc(caught.value).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_large_metadata(tiny: RunningStack) -> None:
+    with Client(tiny.address, metadata=[("x-large", "x" * 20_000)]) as client:
+        assert refused(client, max_tokens=1).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with tiny.client() as client:
+        assert client.generate(token_ids=[1], max_tokens=1, ignore_eos=True).read().token_ids
+
+
+async def test_thousands_of_streams_on_one_connection(tiny: RunningStack) -> None:
+    """All are answered: as many as fit are served, the others wait or are told to try again."""
+    async with AsyncClient(tiny.address) as client:
+
+        async def call(number: int) -> str:
+            try:
+                once = await client.generate_once(token_ids=[number % 250], max_tokens=1, ignore_eos=True, text=False)
+            except QwireError as error:
+                return "refused" if error.reason == Reason.OVERLOADED and error.retry_after else str(error)
+            return f"{once.choices[0].finished.usage.generated_tokens} token"
+
+        answers = Counter(await asyncio.gather(*(call(number) for number in range(2000))))
+    assert set(answers) <= {"refused", "1 token"}
+    assert answers["1 token"] >= 256
+    assert eventually(lambda: tiny.state().active_streams == 0, 2)
 
 
 def test_special_tokens_in_what_users_write_stay_text(client: Client) -> None:

@@ -148,14 +148,16 @@ def test_cached_prefixes_stay_within_their_scope(client: Client) -> None:
 
 
 def test_out_of_blocks_nothing_is_lost(tiny_model: Path, client: Client) -> None:
-    prompts = [[number, *PROMPT] for number in range(12)]
-    expected = [greedy(client, prompt, 60) for prompt in prompts]
-    with (
-        running_stack(tiny_model, "tiny", worker_flags=("--kv-blocks", "16")) as small,
-        small.client() as cramped,
-        ThreadPoolExecutor(12) as pool,
-    ):
-        assert list(pool.map(lambda prompt: greedy(cramped, prompt, 60), prompts)) == expected
+    prompts = [[number, *PROMPT] for number in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        expected = list(pool.map(lambda prompt: greedy(client, prompt, 60), prompts))
+        with (
+            running_stack(tiny_model, "tiny", worker_flags=("--kv-blocks", "64")) as small,
+            small.client() as cramped,
+        ):
+            assert list(pool.map(lambda prompt: greedy(cramped, prompt, 60), prompts)) == expected
+            assert small.state().preemptions > 0
+            assert small.state().blocks_in_use == 0
 
 
 @pytest.mark.parametrize("ending", ["context", "tokens"])

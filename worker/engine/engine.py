@@ -61,6 +61,8 @@ class LoadReport:
     blocks_in_use: int
     blocks_cached: int
     blocks_free: int
+    preemptions: int
+    """Since the engine was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +267,7 @@ class Engine:
             blocks_in_use=self.pool.num_used,
             blocks_cached=self.pool.num_cached,
             blocks_free=self.pool.num_free,
+            preemptions=self.scheduler.preemptions,
         )
 
     def _run(self) -> None:
