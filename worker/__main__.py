@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
+from dataclasses import replace
 
 import click
 import torch
 
-from qwire.service.config import EXIT_UNUSABLE_MODEL, ConfigError, command
+from qwire.service.config import EXIT_CONFIGURATION, EXIT_UNUSABLE_MODEL, ConfigError, command
 from qwire.service.server import Listener, Server, run, until_signal
 from qwire.v1 import worker_pb2, worker_pb2_grpc
 from worker.config import WorkerConfig
@@ -19,27 +21,39 @@ from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 from worker.identity import describe
-from worker.model import ModelConfig, ModelError
+from worker.model import ModelConfig, ModelError, check_shares
+from worker.parallel import LOST, Group, GroupError, Place, run_ranks
+from worker.runner.parallel import ParallelRunner, follow
 from worker.runner.runner import TorchRunner, kv_bytes_per_block
 
 log = logging.getLogger(__name__)
 
 MAX_SUBMIT_BYTES = 4 * 1024 * 1024
 FAULT_FLUSH_SECONDS = 0.5
+FAULT_SECONDS = 0.4
+"""For a step to raise after a rank has died: its connections break at once."""
+
+FINAL_STATUSES = (EXIT_CONFIGURATION, EXIT_UNUSABLE_MODEL)
+"""Exit statuses of ranks that another start would end with as well."""
 
 
-def load(config: WorkerConfig) -> TorchRunner:
-    """Loads the model and makes room for its KV cache. Raises ModelError or ConfigError."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+def load(config: WorkerConfig, group: Group) -> TorchRunner:
+    """Loads a rank's share of the model and makes room for its KV cache. Raises ModelError or ConfigError."""
+    if config.threads or group.world > 1:
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // group.world))
     started = time.monotonic()
-    block_bytes = kv_bytes_per_block(ModelConfig.read(config.model), config.dtype, config.block_size)
+    block_bytes = kv_bytes_per_block(ModelConfig.read(config.model), config.dtype, config.block_size, group.world)
     num_blocks = config.kv_blocks or config.kv_cache_mib * 1024 * 1024 // block_bytes
     if num_blocks < 1:
         raise ConfigError(f"--kv-cache-mib: one block takes {block_bytes} bytes")
-    runner = TorchRunner(config.model, num_blocks=num_blocks, block_size=config.block_size, dtype=config.dtype)
+    runner = TorchRunner(
+        config.model, num_blocks=num_blocks, block_size=config.block_size, dtype=config.dtype, group=group
+    )
     log.info(
-        "loaded %s in %.1f s: %s on the reference kernels (torch %s, %s), %d threads, %d KV blocks of %d (%d MiB)",
+        "rank %d of %d loaded %s in %.1f s: %s on the reference kernels (torch %s, %s), %d threads, %d KV blocks of %d "
+        "(%d MiB in all)",
+        group.rank,
+        group.world,
         config.name,
         time.monotonic() - started,
         runner.dtype,
@@ -53,19 +67,57 @@ def load(config: WorkerConfig) -> TorchRunner:
     return runner
 
 
-async def serve(config: WorkerConfig) -> int:
-    """Runs the worker until it is told to stop or a step fails; returns the exit status."""
-    listener = Listener(config.listen, config.insecure_bind)
-    listener.check()
+def launch(config: WorkerConfig) -> None:
+    """Runs the ranks until one of them ends the worker; exits with the worker's status. Raises ConfigError."""
+    Listener(config.listen, config.insecure_bind).check()
     try:
-        runner = load(config)
-        info = describe(config, runner)
+        model = ModelConfig.read(config.model)
+    except ModelError as error:
+        log.error("can't serve %s: %s", config.model, error)
+        sys.exit(EXIT_UNUSABLE_MODEL)
+    try:
+        check_shares(model, config.tp)
+    except ModelError as error:
+        raise ConfigError(f"--tp: {error}") from error
+    sys.exit(run_ranks(config.tp, lambda place: rank_main(config, place), final=FINAL_STATUSES))
+
+
+def rank_main(config: WorkerConfig, place: Place) -> int:
+    """One rank from start to end; returns its exit status."""
+    if place.remembered:
+        config = replace(config, listen=place.remembered)  # port 0 has become a port that routers know
+    group = Group(place.rank, place.world)
+    try:
+        if place.rank == 0:
+            run(lambda: serve(config, place, group))
+        runner = load(config, group)
+        group.connect(place.meeting, timeout=config.collective_timeout)
+        follow(runner, group)
     except ModelError as error:
         log.error("can't serve %s: %s", config.model, error)
         return EXIT_UNUSABLE_MODEL
+    except ConfigError as error:
+        log.error("%s", error)
+        return EXIT_CONFIGURATION
+    except GroupError as error:
+        log.error("rank %d has lost its group: %s", place.rank, error)
+        return 1
+    return 0
+
+
+async def serve(config: WorkerConfig, place: Place, group: Group) -> int:
+    """Rank 0: runs the worker until it is told to stop or a step fails; returns the exit status.
+
+    Raises ModelError, ConfigError, and GroupError where the ranks don't come together.
+    """
+    runner = load(config, group)
+    info = describe(config, runner)
+    group.connect(place.meeting, timeout=config.collective_timeout)
+    lost = asyncio.Event()
+    ranks = _leader(config, runner, group, lost) if group.world > 1 else None
     face = WorkerFace(info)
     engine = Engine(
-        runner,
+        ranks or runner,
         SchedulerLimits(config.max_step_tokens, config.max_running),
         max_waiting=config.max_waiting,
         clock=time.monotonic,
@@ -73,28 +125,49 @@ async def serve(config: WorkerConfig) -> int:
         fault=face.fault,
     )
     face.attach(engine)
-    server = Server(listener, max_message_bytes=MAX_SUBMIT_BYTES)
+    server = Server(Listener(config.listen, config.insecure_bind), max_message_bytes=MAX_SUBMIT_BYTES, announce=False)
     server.add(
         worker_pb2_grpc.add_WorkerServiceServicer_to_server,
         face,
         worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     )
-    await server.start()
+    address = await server.start()
+    place.remember(address)  # before anyone can know it, or a group that dies now would leave it behind
+    print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
     engine.start()
     await server.set_serving(True)
     stopping = asyncio.create_task(until_signal())
     faulted = asyncio.create_task(face.faulted.wait())
-    await asyncio.wait([stopping, faulted], return_when=asyncio.FIRST_COMPLETED)
+    losing = asyncio.create_task(lost.wait())
+    await asyncio.wait([stopping, faulted, losing], return_when=asyncio.FIRST_COMPLETED)
+    await server.set_serving(False)
+    if lost.is_set():
+        if engine.seconds_in_step():
+            await asyncio.wait([faulted], timeout=FAULT_SECONDS)
+        if not face.faulted.is_set():
+            return 1  # between steps: no request is to blame
+    if not face.faulted.is_set():
+        log.info("draining")
+        await face.drain(config.grace)
+    faulted.cancel()
     if face.faulted.is_set():
         await asyncio.sleep(FAULT_FLUSH_SECONDS)  # let the routers read which requests it was
         return 1
-    log.info("draining")
-    faulted.cancel()
-    await server.set_serving(False)
-    await face.drain(config.grace)
     await server.stop(grace=1.0)
     await asyncio.to_thread(engine.stop)
+    if ranks is not None:
+        await asyncio.to_thread(ranks.stop)
     return 0
+
+
+def _leader(config: WorkerConfig, runner: TorchRunner, group: Group, lost: asyncio.Event) -> ParallelRunner:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(LOST, lost.set)
+
+    def on_lost() -> None:
+        loop.call_soon_threadsafe(lost.set)
+
+    return ParallelRunner(runner, group, timeout=config.collective_timeout, on_lost=on_lost)
 
 
 @click.group()
@@ -102,7 +175,7 @@ def main() -> None:
     """A worker: the model, its KV cache and the step loop."""
 
 
-main.add_command(command(WorkerConfig, lambda config: run(lambda: serve(config)), service="worker"))
+main.add_command(command(WorkerConfig, launch, service="worker"))
 main.add_command(convert_command, "convert")
 
 if __name__ == "__main__":

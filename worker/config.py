@@ -28,22 +28,30 @@ class WorkerConfig:
         help="What to compute in; auto is the checkpoint's own.",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     )
-    kv_cache_mib: int = setting(default=1024, help="Memory for keys and values, in MiB.")
+    kv_cache_mib: int = setting(default=1024, help="Memory for keys and values, of all ranks together, in MiB.")
     kv_blocks: int = setting(default=0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
     block_size: int = setting(default=16, help="Positions in a KV block: a power of two up to 256.")
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
     max_running: int = setting(default=64, help="Sequences that run at once.")
     max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
-    threads: int = setting(default=0, help="Threads that compute; 0 leaves it to torch, which takes one a core.")
+    tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
+    collective_timeout: float = setting(
+        default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."
+    )
+    threads: int = setting(
+        default=0, help="Threads that a rank computes with; 0 takes one a core, or with --tp its share of the cores."
+    )
     grace: float = setting(default=30.0, help="Seconds that running requests get when the worker is told to stop.")
 
     def __post_init__(self) -> None:
-        for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib"):
+        for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
         for name in ("kv_blocks", "threads", "grace"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
+        if self.collective_timeout < 1:
+            raise ConfigError(f"--collective-timeout: must be at least 1 second, not {self.collective_timeout:g}")
         if self.block_size < 1 or 256 % self.block_size:
             raise ConfigError(f"--block-size: must be a power of two up to 256, not {self.block_size}")
 

@@ -34,7 +34,7 @@ def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
         f"kv {dtype}",
         f"backend reference {REFERENCE_NUMERICS_VERSION} torch {torch.__version__}",
         f"isa {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "tp 1 pp 1",
+        f"tp {config.tp} pp 1",
     )
     capabilities = [models_pb2.CAPABILITY_GENERATE]
     if has_chat_template(config.model):

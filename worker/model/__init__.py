@@ -4,7 +4,7 @@ from worker.model.config import DefaultSampling, ModelConfig, RopeConfig
 from worker.model.digest import weights_digest
 from worker.model.errors import ModelError
 from worker.model.loader import load_model
-from worker.model.plan import Shard
+from worker.model.plan import Shard, check_shares
 from worker.model.qwen import CausalLM
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ModelError",
     "RopeConfig",
     "Shard",
+    "check_shares",
     "load_model",
     "weights_digest",
 ]

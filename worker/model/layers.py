@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.kernels import Kernels
+from worker.parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,17 @@ class Linear(Layer):
         return self.kernels.linear(x, self.prepared)
 
 
+class RowLinear(Linear):
+    """A linear layer whose ranks each hold some of the input features; their products are summed over the group."""
+
+    def __init__(self, kernels: Kernels, group: Group, part: Part) -> None:
+        super().__init__(kernels, part)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.sum(super().forward(x))
+
+
 class RMSNorm(Layer):
     """Root mean square norm, fused with the residual sum before it."""
 
@@ -67,16 +79,43 @@ class RMSNorm(Layer):
 
 
 class Embedding(Layer):
-    """A table looked up by id."""
+    """A table looked up by id. Each rank holds some of its rows and gives zeros for the ids of others."""
 
     weight: Tensor
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, group: Group, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
+        self.group = group
         self.parts = (Part((vocab_size, hidden_size), vocab_size),)
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         self.weight = tensors["weight"]
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.embedding(self.weight, ids)
+        if self.group.world == 1:
+            return torch.embedding(self.weight, ids)
+        rows = self.weight.shape[0]
+        own = ids - self.group.rank * rows
+        foreign = (own < 0) | (own >= rows)
+        found = torch.embedding(self.weight, own.clamp(0, rows - 1)).masked_fill_(foreign[:, None], 0.0)
+        return self.group.sum(found)
+
+
+class Head(Linear):
+    """The projection to logits. Each rank computes those of its share of the ids; rank 0 gets all."""
+
+    def __init__(self, kernels: Kernels, group: Group, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(kernels, Part((vocab_size, hidden_size), vocab_size))
+        self.group, self.vocab_size = group, vocab_size
+
+    def logits(self, hidden: Tensor, count: int) -> Tensor | None:
+        """The first `count` rows' logits, float32 [count, V], on rank 0; None on the others."""
+        parts = self.group.gather(self(hidden)[:count])
+        if parts is None:
+            return None
+        if len(parts) == 1:
+            return parts[0].float()
+        # What ranks hold beyond the vocabulary is padding. Cut before they are joined, so that rows lie end to end.
+        starts = [rank * parts[0].shape[1] for rank in range(len(parts))]
+        real = [part[:, : max(0, self.vocab_size - start)] for part, start in zip(parts, starts, strict=True)]
+        return torch.cat(real, dim=1).float()

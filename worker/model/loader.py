@@ -13,23 +13,35 @@ from worker.model.checkpoint import Checkpoint
 from worker.model.config import ModelConfig
 from worker.model.errors import ModelError
 from worker.model.layers import Layer, Part
-from worker.model.plan import MERGED, Shard, style_of
+from worker.model.plan import MERGED, Shard, check_shares, style_of
 from worker.model.qwen import CausalLM
+from worker.parallel import Group
 
 # Buffers that old checkpoints carry; we compute them.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 def load_model(
-    folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype, shard: Shard | None = None
+    folder: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
+    group: Group | None = None,
 ) -> CausalLM:
-    """Builds the model and loads its weights, cast to `dtype`.
+    """Builds the model and loads its weights, cast to `dtype`: this rank's share of them.
+
+    Args:
+        shard: which share; that of `group` if None.
+        group: the ranks that run the model together; loading needs no connection between them.
 
     Raises ModelError, naming file and tensor, for anything missing, unexpected, misshapen, of a dtype that is not
     floating point, truncated or unreadable.
     """
-    shard = shard or Shard()
-    model = CausalLM(config, kernels)
+    group = group or Group()
+    shard = shard or Shard(group.rank, group.world)
+    check_shares(config, shard.world)
+    model = CausalLM(config, kernels, group)
     with Checkpoint(folder) as checkpoint:
         for name, module in model.named_modules():
             if isinstance(module, Layer):
@@ -58,13 +70,17 @@ def _read_layer(
     cuts = [_cut(source, part, shard) for source, part in zip(sources, parts, strict=True)]
     rows = [cut[0].stop - cut[0].start for cut in cuts]
     columns = [cut.stop - cut.start for cut in cuts[0][1:]]
+    if style_of(name) == "vocab":
+        rows = [shard.rows(part.shape[0]) for part in parts]
     tensors = {"weight": torch.empty(sum(rows), *columns, dtype=dtype)}
     if parts[0].bias:
         tensors["bias"] = torch.empty(sum(rows), dtype=dtype)
     offset = 0
     for source, part, cut, count in zip(sources, parts, cuts, rows, strict=True):
-        span = slice(offset, offset + count)
+        real = cut[0].stop - cut[0].start
+        span = slice(offset, offset + real)
         checkpoint.read_into(tensors["weight"][span], f"{source}.weight", part.shape, cut)
+        tensors["weight"][offset + real : offset + count].zero_()  # padding of a vocabulary
         if part.bias:
             checkpoint.read_into(tensors["bias"][span], f"{source}.bias", part.shape[:1], cut[:1])
         offset += count
@@ -78,7 +94,9 @@ def _cut(name: str, part: Part, shard: Shard) -> tuple[slice, ...]:
     """This rank's slice of each dimension."""
     style = style_of(name)
     bounds = [(0, size) for size in part.shape]
-    if style != "replicated":
+    if style == "vocab":
+        bounds[0] = shard.vocab_bounds(part.shape[0])
+    elif style != "replicated":
         split = 1 if style == "rowwise" else 0
         bounds[split] = shard.bounds(part.shape[split], part.units, name)
     return tuple(slice(start, stop) for start, stop in bounds)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
+from worker.model.config import ModelConfig
 from worker.model.errors import ModelError
 
 Style = Literal["colwise", "rowwise", "vocab", "replicated"]
@@ -29,7 +30,8 @@ SHARDING: Final[Mapping[str, Style]] = MappingProxyType(
     }
 )
 """Style of each weight that ranks share out; every other one is whole on every rank. "colwise" and "vocab" split the
-output features (rows of the stored [out, in] weight), "rowwise" the input features (its columns)."""
+output features (rows of the stored [out, in] weight), "rowwise" the input features (its columns). "colwise" and
+"rowwise" cut between whole heads or features, which must divide; a vocabulary is filled up with zeros until it does."""
 
 MERGED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -62,6 +64,30 @@ class Shard:
         count = self.local(units, what)
         first = self.rank * units // self.world
         return first * (size // units), (first + count) * (size // units)
+
+    def rows(self, size: int) -> int:
+        """How many rows of a vocabulary of `size` each rank holds, the last ones padded with rows that no id has."""
+        return -(-size // self.world)
+
+    def vocab_bounds(self, size: int) -> tuple[int, int]:
+        """This rank's (start, stop) of a vocabulary's real rows; empty where all its rows are padding."""
+        rows = self.rows(size)
+        return min(self.rank * rows, size), min((self.rank + 1) * rows, size)
+
+
+def check_shares(config: ModelConfig, world: int) -> None:
+    """Raises ModelError, naming field and value, where a model cannot be shared out over `world` ranks."""
+    heads, kv_heads, inner = config.num_heads, config.num_kv_heads, config.intermediate_size
+    if heads % world:
+        raise ModelError(
+            f"num_attention_heads, {heads}, cannot be shared out over {world} ranks: it must divide by them"
+        )
+    if kv_heads % world and world % kv_heads:
+        raise ModelError(
+            f"num_key_value_heads, {kv_heads}, cannot be shared out over {world} ranks: one must divide by the other"
+        )
+    if inner % world:
+        raise ModelError(f"intermediate_size, {inner}, cannot be shared out over {world} ranks: it must divide by them")
 
 
 def style_of(name: str) -> Style:

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen3 (https://arxiv.org/abs/2505.09388): pre-norm decoder layers with grouped-query attention and SwiGLU.
 
 T is the step's padded number of rows, H the hidden size; `worker.kernels.interface` states the other layouts. Sizes
-here are the whole model's; a rank's share of the heads shows in the shapes of its weights and cache.
+here are the whole model's; a rank's share of the heads shows in the shapes of its weights and cache. Hidden states are
+whole on every rank.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from worker.kernels import AttentionPlan, Kernels, KVCache
 from worker.model.config import ModelConfig
-from worker.model.layers import Embedding, Linear, Part, RMSNorm
+from worker.model.layers import Embedding, Head, Linear, Part, RMSNorm, RowLinear
+from worker.parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class StepInputs:
 class Attention(nn.Module):
     """Grouped-query attention over the paged cache; Qwen3 norms each query and key head before rotating it."""
 
-    def __init__(self, config: ModelConfig, window: int | None, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, window: int | None, kernels: Kernels, group: Group) -> None:
         super().__init__()
         self.kernels, self.window, self.eps = kernels, window, config.rms_norm_eps
         size, hidden = config.head_dim, config.hidden_size
@@ -44,7 +46,7 @@ class Attention(nn.Module):
         )
         self.q_norm = RMSNorm(kernels, size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(kernels, size, config.rms_norm_eps) if config.qk_norm else None
-        self.o_proj = Linear(kernels, Part((hidden, query_heads * size), query_heads, config.output_bias))
+        self.o_proj = RowLinear(kernels, group, Part((hidden, query_heads * size), query_heads, config.output_bias))
 
     def forward(self, x: Tensor, step: StepInputs, cache: KVCache) -> Tensor:
         queries = self.kernels.rope_and_cache(
@@ -65,12 +67,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
         super().__init__()
         self.kernels = kernels
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(kernels, Part((inner, hidden), inner), Part((inner, hidden), inner))
-        self.down_proj = Linear(kernels, Part((hidden, inner), inner))
+        self.down_proj = RowLinear(kernels, group, Part((hidden, inner), inner))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))
@@ -80,12 +82,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on the norm of the residual stream, which travels beside the activations."""
 
-    def __init__(self, config: ModelConfig, index: int, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, index: int, kernels: Kernels, group: Group) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, config.windows[index], kernels)
+        self.self_attn = Attention(config, config.windows[index], kernels, group)
         self.post_attention_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, kernels)
+        self.mlp = MLP(config, kernels, group)
 
     def forward(self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm(x, residual)
@@ -97,10 +99,10 @@ class DecoderLayer(nn.Module):
 class Model(nn.Module):
     """The backbone: ids to hidden states."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, kernels) for i in range(config.num_layers))
+        self.embed_tokens = Embedding(group, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, kernels, group) for i in range(config.num_layers))
         self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
@@ -114,18 +116,17 @@ class Model(nn.Module):
 class CausalLM(nn.Module):
     """The backbone and the projection of hidden states to logits, which only chosen rows go through."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
         super().__init__()
         self.config = config
-        self.model = Model(config, kernels)
-        self.lm_head = Linear(kernels, Part((config.vocab_size, config.hidden_size), config.vocab_size))
+        self.model = Model(config, kernels, group)
+        self.lm_head = Head(kernels, group, config.vocab_size, config.hidden_size)
 
     def forward(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
         """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer."""
         hidden: Tensor = self.model(ids, step, caches)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [R, H], R a multiple of 32, to float32 logits [R, V]."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits.float()
+    def compute_logits(self, hidden: Tensor, count: int) -> Tensor | None:
+        """Hidden states [R, H], R a multiple of 32, to the first `count` rows' float32 logits [count, V], on rank 0."""
+        return self.lm_head.logits(hidden, count)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from worker.engine.plan import Drawn, StepPlan
 from worker.kernels import Kernels, KVCache, ReferenceKernels
-from worker.model import ModelConfig, ModelError, load_model
+from worker.model import ModelConfig, ModelError, Shard, check_shares, load_model
 from worker.model.config import DTYPES
 from worker.model.qwen import StepInputs
 from worker.model.rope import rotation_table
+from worker.parallel import Group
 from worker.runner.batch import StepArrays, build_step, padded
 from worker.runner.drawing import draw_all
 
@@ -28,14 +29,17 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return resolved
 
 
-def kv_bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:
-    """Bytes of cache that one block takes over all layers, keys and values; `dtype` as for `TorchRunner`."""
-    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+def kv_bytes_per_block(config: ModelConfig, dtype: str, block_size: int, world: int = 1) -> int:
+    """Bytes of cache that one block takes over all layers, keys and values, and over all of `world` ranks (a head that
+    several of them hold counts as often); `dtype` as for `TorchRunner`."""
+    heads = world * Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
+    per_position = 2 * config.num_layers * heads * config.head_dim
     return per_position * block_size * resolve_dtype(config, dtype).itemsize
 
 
 class TorchRunner:
-    """A model on this process's CPU with its paged KV cache. Not thread-safe: one step at a time.
+    """A model, or a rank's share of it, on this process's CPU with its paged KV cache. Not thread-safe: one step at a
+    time. The ranks of a group must execute the same plans in the same order.
 
     Raises ModelError from the constructor for a folder that cannot be served.
     """
@@ -48,6 +52,7 @@ class TorchRunner:
         block_size: int = 16,
         dtype: str = "auto",
         kernels: Kernels | None = None,
+        group: Group | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1 or 256 % block_size:
             raise ValueError(f"need at least one block, of a size that divides 256: got {num_blocks} of {block_size}")
@@ -57,11 +62,14 @@ class TorchRunner:
         self._kernels = kernels or ReferenceKernels()
         # Longer sequences than the cache holds cannot come up.
         self._max_positions = min(self.config.max_positions, num_blocks * block_size)
+        group = group or Group()
+        check_shares(self.config, group.world)
+        self._kv_heads = Shard(group.rank, group.world).local(self.config.num_kv_heads, "num_key_value_heads")
         self._windows = tuple(dict.fromkeys(self.config.windows))
         with torch.inference_mode():
-            self._model = load_model(folder, self.config, self._kernels, self.dtype)
+            self._model = load_model(folder, self.config, self._kernels, self.dtype, group=group)
             self._cos, self._sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
-            shape = (self.config.num_kv_heads, num_blocks, block_size, self.config.head_dim)
+            shape = (self._kv_heads, num_blocks, block_size, self.config.head_dim)
             # One a layer.
             self.caches = tuple(
                 KVCache(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
@@ -77,7 +85,7 @@ class TorchRunner:
         return self._block_size
 
     def execute(self, plan: StepPlan) -> list[list[Drawn]]:
-        """See `worker.engine.plan.ModelRunner.execute`."""
+        """See `worker.engine.plan.ModelRunner.execute`. Rank 0 alone draws: on others every entry is empty."""
         draws = [draw for chunk in plan.chunks for draw in chunk.draws]
         with torch.inference_mode():
             self._copy(plan.copies)
@@ -86,7 +94,10 @@ class TorchRunner:
             if not draws:
                 return [[] for _ in plan.chunks]
             rows = np.repeat(step.last_rows, [len(chunk.draws) for chunk in plan.chunks])
-            drawn = iter(draw_all(self._kernels, self._logits(hidden[torch.from_numpy(rows)]), draws))
+            logits = self._logits(hidden[torch.from_numpy(rows)])
+            if logits is None:
+                return [[] for _ in plan.chunks]
+            drawn = iter(draw_all(self._kernels, logits, draws))
         return [[next(drawn) for _ in chunk.draws] for chunk in plan.chunks]
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -97,9 +108,10 @@ class TorchRunner:
 
     def forward_logits(self, plan: StepPlan) -> Tensor:
         """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict
-        the token after each. Takes num_tokens * vocab * 4 bytes."""
+        the token after each. Takes num_tokens * vocab * 4 bytes. Ranks other than 0 get no rows."""
         with torch.inference_mode():
-            return self._logits(self._hidden(self._build(plan))[: plan.num_tokens])
+            logits = self._logits(self._hidden(self._build(plan))[: plan.num_tokens])
+        return torch.empty(0, self.config.vocab_size) if logits is None else logits
 
     def _build(self, plan: StepPlan) -> StepArrays:
         return build_step(plan, self._num_blocks, self._block_size, self._max_positions, self.config.vocab_size)
@@ -110,13 +122,13 @@ class TorchRunner:
             cos=self._cos[positions],
             sin=self._sin[positions],
             slots=torch.from_numpy(step.slots),
-            attention=self._kernels.plan_attention(step.ragged, self.config.num_kv_heads, self._windows),
+            attention=self._kernels.plan_attention(step.ragged, self._kv_heads, self._windows),
         )
         hidden: Tensor = self._model(torch.from_numpy(step.ids), inputs, self.caches)
         return hidden
 
-    def _logits(self, rows: Tensor) -> Tensor:
+    def _logits(self, rows: Tensor) -> Tensor | None:
         count = rows.shape[0]
         full = rows.new_zeros(padded(count), rows.shape[1])
         full[:count] = rows
-        return self._model.compute_logits(full)[:count]
+        return self._model.compute_logits(full, count)
