@@ -112,8 +112,9 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """The served model's name; empty works where one model is served. NOT_FOUND when it isn't served."""
     request_id: _builtins.str
-    """Names the request in logs and errors; unique among the caller's live requests. At most 128 printable ASCII
-    characters; unset means that the server makes one up.
+    """Names the request in logs and errors; unique among the caller's live requests, but for a call that gRPC's own
+    retries send again: it ends the first one ABORTED and goes on in its place. At most 128 printable ASCII characters;
+    unset means that the server makes one up.
     """
     text: _builtins.str
     """The whole prompt as text. Markers such as "<|im_start|>" are read as special tokens, so never put text from
