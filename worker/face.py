@@ -9,24 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from qwire.errors import QwireError, Reason
-from qwire.prefix import HASH_BYTES
-from qwire.v1 import generation_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
+from qwire.v1 import worker_pb2_grpc
 from worker.cache_feed import CacheFeed
-from worker.engine.engine import Engine, LoadReport, NeverFits, QueueFull, SequenceReport, StepReport
-from worker.engine.plan import SamplingParams
-from worker.engine.sequence import EndReason, Request
+from worker.engine.engine import Engine, NeverFits, QueueFull, StepReport
+from worker.frames import engine_request, load_frame, sequence_step, valid
+from worker.link import Link
 
 log = logging.getLogger(__name__)
 
@@ -35,70 +30,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 HEARTBEAT_SECONDS = 0.5
 LAST_FRAMES_SECONDS = 1.0
 """For routers to read what is in their outboxes when the worker stops."""
-MAX_CHOICES = 64
-OUTBOX_FRAMES = 1024
-"""Frames that wait for one router at most; a link that falls further behind is ended."""
-
-END_REASONS = {
-    EndReason.EOS: pb.END_REASON_EOS,
-    EndReason.STOP_TOKEN: pb.END_REASON_STOP_TOKEN,
-    EndReason.LENGTH: pb.END_REASON_LENGTH,
-}
-
-
-@dataclass(slots=True)
-class Link:
-    """One router's stream."""
-
-    number: int
-    router_id: str
-    live: dict[int, set[int]] = field(default_factory=dict)
-    """Attempts that the engine has, each with its choices that are not ended."""
-    submits_seen: int = 0
-    _outbox: deque[pb.ServeResponse] = field(default_factory=deque)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _ended: bool = False
-    _error: Exception | None = None
-
-    def send(self, frame: pb.ServeResponse) -> None:
-        if len(self._outbox) < OUTBOX_FRAMES:
-            self._outbox.append(frame)
-            self._changed.set()
-        else:
-            self.end(
-                QwireError(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"over {OUTBOX_FRAMES} frames wait for the router",
-                    reason=Reason.SLOW_READER,
-                )
-            )
-
-    def ended(self, attempt: int, choice: int) -> bool:
-        """Notes the end of a choice; whether it was still going on."""
-        choices = self.live.get(attempt, set())
-        if choice not in choices:
-            return False
-        choices.discard(choice)
-        if not choices:
-            del self.live[attempt]
-        return True
-
-    def end(self, error: Exception | None = None) -> None:
-        """Lets `frames` finish: at once with an error, else after what is there already."""
-        self._ended, self._error = True, error
-        self._changed.set()
-
-    async def frames(self) -> AsyncIterator[pb.ServeResponse]:
-        """Frames to write, until the link is ended. Raises the error that it was ended with."""
-        while self._error is None:
-            if self._outbox:
-                yield self._outbox.popleft()
-            elif self._ended:
-                return
-            else:
-                self._changed.clear()
-                await self._changed.wait()
-        raise self._error
 
 
 class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
@@ -215,7 +146,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             heartbeat = pb.Heartbeat(
                 step_number=self._engine.steps,
                 ms_in_step=round(self._engine.seconds_in_step() * 1000),
-                load=_load(self._engine.load, link),
+                load=load_frame(self._engine.load, link.submits_seen),
             )
             link.send(pb.ServeResponse(heartbeat=heartbeat))
             await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -225,13 +156,13 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
         reason: pb.RefusedReason.ValueType | None = None
         if self._draining:
             reason = pb.REFUSED_REASON_DRAINING
-        elif not self._valid(submit) or submit.attempt in link.live:
+        elif not valid(submit, self.info.model.vocab_size) or submit.attempt in link.live:
             reason = pb.REFUSED_REASON_INVALID
         elif len(submit.prompt_ids) + submit.params.max_tokens > self.info.model.context_length:
             reason = pb.REFUSED_REASON_TOO_LARGE
         else:
             try:
-                self._engine.submit(self._request(link, submit))
+                self._engine.submit(engine_request(submit, (link.number, submit.attempt)))
             except QueueFull:
                 reason = pb.REFUSED_REASON_QUEUE_FULL
             except NeverFits:
@@ -245,57 +176,18 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             refused.retry_after.FromMilliseconds(1000)
         link.send(pb.ServeResponse(refused=refused))
 
-    def _valid(self, submit: pb.Submit) -> bool:
-        """Whether a submit is in the ranges that routers hold their requests to. Others could fail a whole step."""
-        vocab_size = self.info.model.vocab_size
-        params = submit.params
-        generated = [choice.generated_ids for choice in submit.choices]
-        return (
-            len(submit.prompt_ids) > 0
-            and max(submit.prompt_ids) < vocab_size
-            and 1 <= len(generated) <= MAX_CHOICES
-            and all(len(ids) < params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
-            and params.max_tokens >= 1
-            and (submit.bypass_prefix_cache or len(submit.prefix_root) == HASH_BYTES)
-            and 0 <= params.temperature < math.inf
-            and 0 < params.top_p <= 1
-            and 0 <= params.min_p < 1
-            and 0 < params.repetition_penalty < math.inf
-            and all(
-                map(math.isfinite, (params.frequency_penalty, params.presence_penalty, *params.logit_bias.values()))
-            )
-            and max((*params.logit_bias, *params.allowed_token_ids), default=0) < vocab_size
-            and all(word.ids and max(word.ids) < vocab_size for word in params.bad_words)
-        )
-
-    def _request(self, link: Link, submit: pb.Submit) -> Request:
-        params = submit.params
-        return Request(
-            key=(link.number, submit.attempt),
-            prompt_ids=list(submit.prompt_ids),
-            choices=[list(choice.generated_ids) for choice in submit.choices],
-            sampling=_sampling(params),
-            max_tokens=params.max_tokens,
-            min_tokens=params.min_tokens,
-            bad_words=[list(word.ids) for word in params.bad_words],
-            eos_ids=frozenset(params.eos_token_ids),
-            stop_ids=frozenset(params.stop_token_ids),
-            prefix_root=submit.prefix_root,
-            use_prefix_cache=not submit.bypass_prefix_cache,
-            deadline=time.monotonic() + submit.remaining_ms / 1000 if submit.HasField("remaining_ms") else math.inf,
-        )
-
     def _on_step(self, report: StepReport) -> None:
         self._cache.take(report.snapshot, report.cache)
         frames = {
-            number: pb.Step(number=report.number, load=_load(report.load, link)) for number, link in self._links.items()
+            number: pb.Step(number=report.number, load=load_frame(report.load, link.submits_seen))
+            for number, link in self._links.items()
         }
         for sequence in report.sequences:
             number, attempt = _link_and_attempt(sequence.key)
             link = self._links.get(number)
             if link is None or sequence.choice not in link.live.get(attempt, ()):
                 continue  # aborted while the step ran
-            frames[number].sequences.append(_sequence_step(attempt, sequence))
+            frames[number].sequences.append(sequence_step(attempt, sequence))
             if sequence.end is not None:
                 link.ended(attempt, sequence.choice)
         for number, frame in frames.items():
@@ -319,68 +211,8 @@ def _draining() -> QwireError:
     return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
 
 
-def _sampling(params: pb.ResolvedParams) -> SamplingParams:
-    return SamplingParams(
-        params.temperature,
-        params.top_k,
-        params.top_p,
-        params.min_p,
-        params.seed,
-        params.repetition_penalty,
-        params.frequency_penalty,
-        params.presence_penalty,
-        dict(params.logit_bias),
-        tuple(params.allowed_token_ids),
-        params.logprobs if params.HasField("logprobs") else None,
-    )
-
-
 def _link_and_attempt(key: Hashable) -> tuple[int, int]:
     if not isinstance(key, tuple):
         raise TypeError(f"not a key of this face: {key!r}")
     number, attempt = key
     return number, attempt
-
-
-def _load(load: LoadReport, link: Link) -> pb.Load:
-    return pb.Load(
-        running=load.running,
-        waiting=load.waiting,
-        waiting_prefill_tokens=load.waiting_prefill_tokens,
-        blocks_in_use=load.blocks_in_use,
-        blocks_cached=load.blocks_cached,
-        blocks_free=load.blocks_free,
-        submits_seen=link.submits_seen,
-        preemptions=load.preemptions,
-    )
-
-
-def _sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
-    drawn = report.drawn
-    step = pb.SequenceStep(
-        attempt=attempt, choice=report.choice, token_index=report.token_index, token_ids=[drawn.token_id]
-    )
-    if drawn.logprob is not None:
-        step.logprobs.append(
-            generation_pb2.TokenLogprobs(
-                drawn=generation_pb2.TokenLogprob(token_id=drawn.token_id, logprob=drawn.logprob),
-                top=[generation_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in drawn.top],
-            )
-        )
-    if report.start is not None:
-        step.start.CopyFrom(
-            pb.SequenceStart(
-                cached_tokens=report.start.cached_tokens,
-                queue=_duration(report.start.queue_seconds),
-                prefill=_duration(report.start.prefill_seconds),
-            )
-        )
-    if report.end is not None:
-        step.end.reason = END_REASONS[report.end]
-    return step
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(max(0, round(seconds * 1e9)))
-    return duration

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, shape: str) -> None:
             seeded = [answer(client, prompt, temperature=1.0, seed=5) for prompt in PROMPTS]
             assert answers(client, PROMPTS) == greedy
             assert answers(client, PROMPTS, temperature=1.0, seed=5) == seeded
-            penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5}
+            penalties: Any = {"repetition_penalty": 1.3, "frequency_penalty": 0.5}
             forked = client.generate(
                 token_ids=PROMPTS[1], n=3, seed=2, temperature=1.0, max_tokens=20, ignore_eos=True, **penalties
             ).read()
