@@ -168,22 +168,21 @@ def test_a_killed_worker_takes_its_ranks(pair: RunningStack) -> None:
 DEMO_PROMPTS = [
     f"{verb} {what}."
     for verb in ("Describe", "Explain", "Tell me a story about", "List five facts about")
-    for what in ("the sea", "a bicycle", "the number seven", "bread", "winter in Norway")
+    for what in ("the sea", "the number seven")
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_three_ranks_give_the_demo_models_tokens(demo_folder: Path) -> None:
-    """9 heads and 3 KV heads: three whole groups. One rank answers all prompts at once, which costs it little more than
-    four; three ranks answer all of them four at once, and two of them alone."""
+    """9 heads and 3 KV heads: three whole groups. Four prompts at once, and one of them alone."""
 
     def serving(tp: str) -> AbstractContextManager[RunningStack]:
         return running_stack(demo_folder, "demo", worker_flags=("--dtype", "float32", "--tp", tp))
 
     with serving("1") as stack, stack.client() as client:
         prompts = [list(client.render_chat([{"role": "user", "content": text}]).token_ids) for text in DEMO_PROMPTS]
-        expected = answers(client, prompts, 64, at_once=len(prompts))
+        expected = answers(client, prompts, 32, at_once=len(prompts))
     with serving("3") as stack, stack.client() as client:
-        assert answers(client, prompts, 64) == expected
-        assert [answer(client, prompt, 64) for prompt in prompts[::10]] == expected[::10]
+        assert answers(client, prompts, 32) == expected
+        assert answer(client, prompts[0], 32) == expected[0]
