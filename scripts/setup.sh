@@ -9,8 +9,8 @@ uv=$(scripts/uv.sh)
 [ -x .venv/bin/python ] || "$uv" venv --quiet --python 3.11 .venv
 # torch is not in the lock: the package index holds only its CUDA builds, gigabytes of them. Where pip is told of a
 # folder of wheels, the CPU build is taken from there, elsewhere from PyTorch's own index of CPU builds.
-links=$(python3 -m pip config get global.find-links 2>/dev/null || true)
-if [ -n "$links" ] && [ -d "$links" ]; then
+links=$(scripts/wheels.sh)
+if [ -n "$links" ]; then
   "$uv" pip install --quiet --python .venv/bin/python --find-links "$links" torch==2.13.0
 else
   "$uv" pip install --quiet --python .venv/bin/python --torch-backend=cpu torch==2.13.0
