@@ -178,10 +178,10 @@ async def test_a_service_that_cannot_start(stage: Stage, status: int, starts: in
         async with Stack(config(), log=quiet):
             pytest.fail("it started")
     assert str(caught.value) == f"worker-0 {why}\n  cannot go on: the reason"
-    assert len(stage.events("start")) == starts + 1
-    assert "router start" not in stage.events("start")
-    (tokenizer,) = stage.details("tokenizer", "start")
-    assert not alive(int(tokenizer))
+    assert len(stage.details("worker-0", "start")) == starts
+    assert not stage.details("router", "start")
+    # The tokenizer service may have been ended before it said that it had started.
+    assert not any(alive(int(pid)) for pid in stage.details("tokenizer", "start"))
 
 
 async def test_failing_for_good_later_ends_the_wait(stage: Stage) -> None:
