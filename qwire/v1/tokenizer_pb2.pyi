@@ -136,7 +136,7 @@ class Message(_message.Message):
     """What the assistant thought before it answered, for templates that keep it."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """Calls that the assistant made; only where role is ROLE_ASSISTANT."""
+        """Calls that the assistant made, at most 128; only where role is ROLE_ASSISTANT."""
 
     def __init__(
         self,
