@@ -1,6 +1,6 @@
 .PHONY: setup demo test lint format protos lock docs bench clean
 SHELL := bash
-# Exported, so that no shell reads it a second time: a prompt may hold quotes.
+# UV fetches the demo model: .venv has no pip. PROMPT is exported, so that no shell reads it a second time: a prompt may hold quotes.
 export PROMPT = What is the capital of France?
 
 setup:  ## .venv with everything
@@ -10,7 +10,7 @@ demo: setup  ## a real model answers PROMPT through router, tokenizer service an
 	@UV=$$(scripts/uv.sh) .venv/bin/qwire demo --prompt "$$PROMPT"
 
 test: setup  ## all tests
-	@.venv/bin/pytest $(ARGS)
+	@UV=$$(scripts/uv.sh) .venv/bin/pytest $(ARGS)
 
 lint: setup  ## formatting, types, folder rules, contracts, stubs, floors, containers
 	@.venv/bin/ruff format --check .
@@ -38,7 +38,7 @@ docs: setup  ## docs/settings.md
 	@.venv/bin/python -m scripts.settings > docs/settings.md
 
 bench: setup  ## the engine on the demo model, against transformers
-	@.venv/bin/python -m benchmarks.engine
+	@UV=$$(scripts/uv.sh) .venv/bin/python -m benchmarks.engine
 
 clean:
 	rm -rf .venv .venv-protos .venv-floors .uv
