@@ -89,19 +89,19 @@ class Fleet:
         Raises:
             QwireError: UNAVAILABLE where none gets ready, RESOURCE_EXHAUSTED where all are full.
         """
-        await self._until_ready(lambda link: link.info is not None and link.info.model.name == model)
+        await self._until_ready(lambda link: _serves(link, model))
         self.refuse_if_full(model)
         chains: dict[tuple[bytes, str, int], list[bytes]] = {}
         candidates = {}
         for index, link in enumerate(self.links):
             info = link.info
-            if not link.ready or link.full or info is None or info.model.name != model:
+            if info is None or not link.ready or link.full or not _serves(link, model):
                 continue
             cached = 0
             if not bypass and len(link.cache):
                 profile = (info.model_fingerprint, info.kv_dtype, info.block_size)
                 if profile not in chains:
-                    chains[profile] = _usable_hashes(prompt_ids, *profile, scope)
+                    chains[profile] = _usable_hashes(prompt_ids, info, scope)
                 cached = link.cache.leading(chains[profile]) * info.block_size
             candidates[index] = Candidate(index, link.streams, link.pending_tokens, info.max_running, cached)
         policy = self._policies.setdefault(model, self._policy())
@@ -112,7 +112,7 @@ class Fleet:
         return Place(link, link.info, len(prompt_ids) - chosen.cached_tokens)
 
     def _ready(self, model: str) -> list[WorkerLink]:
-        return [link for link in self.links if link.ready and link.info is not None and link.info.model.name == model]
+        return [link for link in self.links if link.ready and _serves(link, model)]
 
     async def _until_ready(self, wanted: Callable[[WorkerLink], bool]) -> None:
         deadline = time.monotonic() + self._worker_wait
@@ -134,7 +134,16 @@ class Fleet:
         return any(link.ready for link in self.links)
 
 
-def _usable_hashes(ids: Sequence[int], fingerprint: bytes, kv_dtype: str, block_size: int, scope: bytes) -> list[bytes]:
+def _serves(link: WorkerLink, model: str) -> bool:
+    """Whether the worker serves the model, now or when it was last linked."""
+    return link.info is not None and link.info.model.name == model
+
+
+def prefix_root(worker: pb.WorkerInfo, scope: bytes) -> bytes:
+    """What the block hashes of a scope's prompts start from at a worker."""
+    return prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope)
+
+
+def _usable_hashes(ids: Sequence[int], worker: pb.WorkerInfo, scope: bytes) -> list[bytes]:
     """Hashes of the blocks that a worker may take from its cache: the last token is always computed."""
-    root = prefix.root(fingerprint, kv_dtype, block_size, "", scope)
-    return prefix.block_hashes(root, ids[: len(ids) - 1], block_size)
+    return prefix.block_hashes(prefix_root(worker, scope), ids[: len(ids) - 1], worker.block_size)

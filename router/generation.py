@@ -11,14 +11,13 @@ from typing import Any, NoReturn
 
 import grpc
 
-from qwire import prefix
 from qwire.errors import QwireError
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, tokenizer_pb2, worker_pb2
 from router.choice import OutputSpec
 from router.config import RouterConfig
-from router.fleet import Fleet, Place
+from router.fleet import Fleet, Place, prefix_root
 from router.journal import Journal
 from router.live_requests import LiveRequests
 from router.tokenizer_link import TokenizerLink, relay
@@ -166,7 +165,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             choices=[worker_pb2.SubmitChoice() for _ in range(choices)],
             params=params,
             remaining_ms=None if remaining is None else max(0, round(remaining * 1000)),
-            prefix_root=prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope),
+            prefix_root=prefix_root(worker, scope),
             bypass_prefix_cache=request.prefix_cache.bypass,
         )
 

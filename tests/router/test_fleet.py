@@ -89,9 +89,9 @@ async def test_hashes_are_computed_once_a_profile(monkeypatch: pytest.MonkeyPatc
     asked: list[bytes] = []
     real = fleet._usable_hashes
 
-    def count(ids: list[int], fingerprint: bytes, *rest: object) -> list[bytes]:
-        asked.append(fingerprint)
-        return real(ids, fingerprint, *rest)  # type: ignore[arg-type]
+    def count(ids: list[int], worker: pb.WorkerInfo, scope: bytes) -> list[bytes]:
+        asked.append(worker.model_fingerprint)
+        return real(ids, worker, scope)
 
     monkeypatch.setattr(fleet, "_usable_hashes", count)
     place = await make_fleet(*links).place("m", PROMPT, SCOPE)

@@ -48,10 +48,14 @@ class SamplingParams:
         return self.temperature == GREEDY_TEMPERATURE
 
     @property
+    def penalized(self) -> bool:
+        """Whether a draw depends on which ids prompt and output hold."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def edits_logits(self) -> bool:
         """Whether logits are changed before a draw, ids banned at single positions aside."""
-        penalized = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
-        return penalized or bool(self.logit_bias) or bool(self.allowed_ids)
+        return self.penalized or bool(self.logit_bias) or bool(self.allowed_ids)
 
 
 @dataclass(frozen=True, slots=True)

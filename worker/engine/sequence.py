@@ -98,7 +98,7 @@ class SequenceState:
     def draw(self, choice: int) -> Draw:
         """How the next token of this sequence is drawn, or the first of a choice that begins with it."""
         request = self.request
-        penalized = request.sampling.edits_logits
+        penalized = request.sampling.penalized
         return Draw(
             request.sampling,
             choice,
