@@ -3,7 +3,7 @@
 # Finished work is not done again: a stamp holds the digest of all that went in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stamp=$(cat requirements.lock pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+stamp=$(cat requirements.lock pyproject.toml setup.py scripts/setup.sh worker/kernels/cpu/native/* | sha256sum | cut -d' ' -f1)
 if [ -x .venv/bin/qwire ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then exit; fi
 uv=$(scripts/uv.sh)
 [ -x .venv/bin/python ] || "$uv" venv --quiet --python 3.11 .venv

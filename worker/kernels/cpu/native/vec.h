@@ -1,0 +1,107 @@
+// Vectors of 16 floats, by the compiler's vector extension: one register with AVX-512, two with AVX2, four without.
+//
+// Arrays of these with constant indexes stay in registers, which arrays of __m512 do not with g++ 12.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace qwire {
+
+constexpr int kLanes = 16;
+
+typedef float f32v __attribute__((vector_size(64)));
+typedef int32_t i32v __attribute__((vector_size(64)));
+typedef uint32_t u32v __attribute__((vector_size(64)));
+typedef uint16_t u16v __attribute__((vector_size(32)));
+
+#define QWIRE_INLINE inline __attribute__((always_inline))
+
+template <class V>
+QWIRE_INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+QWIRE_INLINE void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+QWIRE_INLINE f32v splat(float x) { return f32v{} + x; }
+
+// a * b + c, rounded once where the instruction set has it.
+QWIRE_INLINE f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    typedef float half __attribute__((vector_size(32)));
+    struct Halves {
+        half lo, hi;
+    };
+    const auto x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b), z = __builtin_bit_cast(Halves, c);
+    return __builtin_bit_cast(f32v, Halves{(half)_mm256_fmadd_ps((__m256)x.lo, (__m256)y.lo, (__m256)z.lo),
+                                           (half)_mm256_fmadd_ps((__m256)x.hi, (__m256)y.hi, (__m256)z.hi)});
+#else
+    return a * b + c;
+#endif
+}
+
+QWIRE_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
+
+QWIRE_INLINE f32v widen_bf16(u16v x) { return (f32v)(__builtin_convertvector(x, u32v) << 16); }
+
+// To the nearest bf16, ties to even; NaN stays NaN.
+QWIRE_INLINE u16v narrow_bf16(f32v x) {
+    const u32v bits = (u32v)x;
+    const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const u32v quiet = (bits >> 16) | 0x40u;
+    return __builtin_convertvector((i32v)(x == x) ? rounded : quiet, u16v);
+}
+
+// The sum of all lanes, in one fixed order.
+QWIRE_INLINE float sum(f32v x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+QWIRE_INLINE float max(f32v x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
+}
+
+// exp(x), within 2 ulp; 0 below -87.3. Cody and Waite's reduction, then a polynomial of degree 6.
+QWIRE_INLINE f32v exp(f32v x) {
+    const f32v low = splat(-87.33654f), high = splat(88.3762626647950f);
+    const auto under = x < low;
+    x = x > high ? high : x;
+    x = under ? low : x;
+    const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const f32v shifted = fma(x, splat(1.44269504088896341f), magic);
+    const f32v n = shifted - magic;
+    f32v r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    f32v p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + splat(1.0f));
+    const i32v power = __builtin_convertvector(n, i32v);
+    const f32v scaled = (f32v)((i32v)p + (power << 23));
+    return under ? f32v{} : scaled;
+}
+
+}  // namespace qwire
