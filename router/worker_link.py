@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 OUTBOX_FRAMES = 4096
 """Frames that may wait for the worker before submits are refused."""
-RECONNECT_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+RECONNECT_SECONDS = (0.05, 1.0)
+"""The shortest and the longest pause before a link is tried again."""
+RECONNECT_SHARE = 0.1
+"""Within those, the pause as a part of how long the link has been down: what it adds to that at most."""
 WORKER_REFUSED_RETRY_SECONDS = 1.0
 
 
@@ -45,6 +49,7 @@ class WorkerLink:
         self.ready = False
         self.changed = asyncio.Event()
         """Set, and replaced, whenever `ready` changes."""
+        self._down_since = time.monotonic()
         self._router_id = router_id
         self._detokenize = detokenize
         self._journals: dict[int, Journal] = {}
@@ -91,7 +96,8 @@ class WorkerLink:
                     watch.result()
             failures = 0 if self.ready else failures + 1
             self._lose()
-            await asyncio.sleep(RECONNECT_SECONDS[min(failures, len(RECONNECT_SECONDS) - 1)])
+            shortest, longest = RECONNECT_SECONDS
+            await asyncio.sleep(min(max(shortest, RECONNECT_SHARE * (time.monotonic() - self._down_since)), longest))
 
     def submit(self, journal: Journal, submit: pb.Submit, uncached_tokens: int = 0) -> int:
         """Places a request here, of whose prompt `uncached_tokens` are to be computed; returns the number of the
@@ -192,6 +198,8 @@ class WorkerLink:
     def _set_ready(self, ready: bool) -> None:
         if ready != self.ready:
             self.ready = ready
+            if not ready:
+                self._down_since = time.monotonic()
             self.changed.set()
             self.changed = asyncio.Event()
 

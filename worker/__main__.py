@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sys
 import time
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 
 import click
 import torch
@@ -21,7 +23,7 @@ from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 from worker.identity import describe
-from worker.model import ModelConfig, ModelError, check_shares
+from worker.model import ModelConfig, ModelError, check_shares, weights_digest, weights_state
 from worker.parallel import LOST, Group, GroupError, Place, run_ranks
 from worker.runner.parallel import ParallelRunner, follow
 from worker.runner.runner import TorchRunner, kv_bytes_per_block
@@ -30,11 +32,30 @@ log = logging.getLogger(__name__)
 
 MAX_SUBMIT_BYTES = 4 * 1024 * 1024
 FAULT_FLUSH_SECONDS = 0.5
+"""For routers to read which requests were in the step that raised."""
 FAULT_SECONDS = 0.4
 """For a step to raise after a rank has died: its connections break at once."""
 
 FINAL_STATUSES = (EXIT_CONFIGURATION, EXIT_UNUSABLE_MODEL)
 """Exit statuses of ranks that another start would end with as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a group of ranks leaves to the next one, by way of the launcher."""
+
+    address: str = ""
+    """Where it served: port 0 has become a port that routers know."""
+    weights: str = ""
+    """The digest of the weights, while the state of their files is `weights_state`."""
+    weights_state: str = ""
+
+    @classmethod
+    def read(cls, place: Place) -> Remembered:
+        return cls(**json.loads(place.remembered)) if place.remembered else cls()
+
+    def leave(self, place: Place) -> None:
+        place.remember(json.dumps(asdict(self)))
 
 
 def load(config: WorkerConfig, group: Group) -> TorchRunner:
@@ -84,12 +105,13 @@ def launch(config: WorkerConfig) -> None:
 
 def rank_main(config: WorkerConfig, place: Place) -> int:
     """One rank from start to end; returns its exit status."""
-    if place.remembered:
-        config = replace(config, listen=place.remembered)  # port 0 has become a port that routers know
+    remembered = Remembered.read(place)
+    if remembered.address:
+        config = replace(config, listen=remembered.address)
     group = Group(place.rank, place.world)
     try:
         if place.rank == 0:
-            run(lambda: serve(config, place, group))
+            run(lambda: serve(config, place, group, remembered))
         runner = load(config, group)
         group.connect(place.meeting, timeout=config.collective_timeout)
         follow(runner, group)
@@ -105,13 +127,15 @@ def rank_main(config: WorkerConfig, place: Place) -> int:
     return 0
 
 
-async def serve(config: WorkerConfig, place: Place, group: Group) -> int:
+async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Remembered) -> int:
     """Rank 0: runs the worker until it is told to stop or a step fails; returns the exit status.
 
     Raises ModelError, ConfigError, and GroupError where the ranks don't come together.
     """
+    state = weights_state(config.model)
+    digest = _digest(config, remembered, state)
     runner = load(config, group)
-    info = describe(config, runner)
+    info = describe(config, runner, digest.result())
     group.connect(place.meeting, timeout=config.collective_timeout)
     lost = asyncio.Event()
     ranks = _leader(config, runner, group, lost) if group.world > 1 else None
@@ -132,7 +156,8 @@ async def serve(config: WorkerConfig, place: Place, group: Group) -> int:
         worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     )
     address = await server.start()
-    place.remember(address)  # before anyone can know it, or a group that dies now would leave it behind
+    # Before anyone can know the address, or a group that dies now would leave it behind.
+    Remembered(address, digest.result(), state).leave(place)
     print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
     engine.start()
     await server.set_serving(True)
@@ -151,13 +176,26 @@ async def serve(config: WorkerConfig, place: Place, group: Group) -> int:
         await face.drain(config.grace)
     faulted.cancel()
     if face.faulted.is_set():
-        await asyncio.sleep(FAULT_FLUSH_SECONDS)  # let the routers read which requests it was
+        await face.end_links(FAULT_FLUSH_SECONDS)
+        await server.stop(grace=0.1)
         return 1
     await server.stop(grace=1.0)
     await asyncio.to_thread(engine.stop)
     if ranks is not None:
         await asyncio.to_thread(ranks.stop)
     return 0
+
+
+def _digest(config: WorkerConfig, remembered: Remembered, state: str) -> Future[str]:
+    """The weights' digest: at once where an earlier group left it, else from a thread, while they are loaded too."""
+    if remembered.weights_state == state:
+        known: Future[str] = Future()
+        known.set_result(remembered.weights)
+        return known
+    thread = ThreadPoolExecutor(1, "digest")
+    digest = thread.submit(weights_digest, config.model)
+    thread.shutdown(wait=False)
+    return digest
 
 
 def _leader(config: WorkerConfig, runner: TorchRunner, group: Group, lost: asyncio.Event) -> ParallelRunner:

@@ -105,10 +105,14 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
         while busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        await self.end_links(LAST_FRAMES_SECONDS)
+
+    async def end_links(self, seconds: float) -> None:
+        """Ends all links behind the frames that wait for their routers; these get so long to read them."""
         self._cache.end(_draining())
         for link in self._links.values():
             link.end()
-        deadline = time.monotonic() + LAST_FRAMES_SECONDS
+        deadline = time.monotonic() + seconds
         while self._links and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 

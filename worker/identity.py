@@ -13,19 +13,18 @@ from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.config import WorkerConfig
 from worker.model import ModelConfig
-from worker.model.digest import weights_digest
 from worker.runner.runner import TorchRunner
 
 REFERENCE_NUMERICS_VERSION = 1
 """To be counted up whenever the reference kernels give other bits than before."""
 
 
-def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
-    """Reads the model's files once more for their digests. Raises ModelError."""
+def describe(config: WorkerConfig, runner: TorchRunner, weights: str) -> pb.WorkerInfo:
+    """What routers are told; `weights` is the digest of the model's weights."""
     model = runner.config
     dtype = str(runner.dtype).removeprefix("torch.")
     tokenizer = _digest(config.model / "tokenizer.json")
-    fingerprint = _hash(weights_digest(config.model), _digest(config.model / "config.json"))
+    fingerprint = _hash(weights, _digest(config.model / "config.json"))
     numerics = _hash(
         fingerprint.hex(),
         tokenizer,

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from worker.engine.block_contents import common
 from worker.engine.block_pool import BlockPool, OutOfBlocks
 
 
@@ -22,6 +23,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(12, 4)
         self.tables: list[list[int]] = []
         self.contents: dict[int, bytes] = {}  # what a published block holds, by our own book-keeping
+        self.begins: dict[int, tuple[bytes, list[int]]] = {}  # what blocks that were described begin with
         self.pool.watch(True)
         self.seen: set[bytes] = set()  # what a watcher thinks is found
 
@@ -38,6 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert not {block for other in self.tables for block in other} & set(table)
         for block in table:
             self.contents.pop(block, None)
+            self.begins.pop(block, None)
         self.tables.append(table)
 
     @precondition(lambda self: any(self.tables))
@@ -49,6 +52,27 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.publish(block, block_hash(number))
         if not known and block not in self.contents:
             self.contents[block] = block_hash(number)
+        elif block not in self.contents:
+            self.begins.pop(block, None)  # the other block is found
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), parent=st.integers(0, 1), ids=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+    def describe(self, data: st.DataObject, parent: int, ids: list[int]) -> None:
+        block = data.draw(st.sampled_from([block for table in self.tables for block in table]))
+        known_parent, known = self.begins.get(block, (block_hash(parent), []))
+        self.begins[block] = known_parent, (known + ids)[:4]
+        self.pool.describe(block, *self.begins[block])
+
+    @rule(parent=st.integers(0, 1), ids=st.lists(st.integers(0, 2), max_size=4))
+    def match(self, parent: int, ids: list[int]) -> None:
+        counts = {b: common(known, ids) for b, (p, known) in self.begins.items() if p == block_hash(parent)}
+        longest = max(counts.values(), default=0)
+        found = self.pool.longest_match(block_hash(parent), ids)
+        if found is None:
+            assert longest == 0
+        else:
+            block, count = found
+            assert counts[block] == count == longest > 0
 
     @precondition(lambda self: any(self.tables))
     @rule(data=st.data(), full=st.integers(0, 4))
@@ -109,6 +133,18 @@ def test_unhashed_blocks_are_reused_before_cached_ones_and_tails_before_heads() 
     assert pool.lookup([block_hash(0), block_hash(1), block_hash(2)]) == chain[:2]
 
 
+def test_blocks_to_copy_from_are_reused_after_unknown_ones_and_the_oldest_first() -> None:
+    pool = BlockPool(5, 4)
+    blocks = pool.allocate(5)
+    pool.publish(blocks[0], block_hash(0))
+    for block in (blocks[2], blocks[1]):
+        pool.describe(block, block_hash(9), [block])
+    for block in (blocks[0], blocks[2], blocks[3], blocks[1], blocks[4]):
+        pool.release([block])
+    assert pool.allocate(5) == [blocks[4], blocks[3], blocks[2], blocks[1], blocks[0]]
+    assert pool.longest_match(block_hash(9), [blocks[1]]) is None
+
+
 def test_a_hit_keeps_a_block_from_eviction() -> None:
     pool = BlockPool(2, 4)
     first, second = pool.allocate(2)
@@ -140,6 +176,8 @@ def test_nothing_is_recorded_while_nobody_watches() -> None:
         lambda pool: pool.release([0]),
         lambda pool: pool.acquire([0]),
         lambda pool: pool.publish(0, block_hash(1)),
+        lambda pool: pool.describe(0, block_hash(1), [1]),
+        lambda pool: pool.describe(pool.allocate(1)[0], block_hash(1), []),
     ],
 )
 def test_misuse_is_an_error(misuse: object) -> None:
@@ -152,4 +190,10 @@ def test_check_notices_a_broken_pool() -> None:
     (block,) = pool.allocate(1)
     pool._free.append(block)
     with pytest.raises(RuntimeError, match="2 states"):
+        pool.check()
+    pool = BlockPool(4, 4)
+    (block,) = pool.allocate(1)
+    pool.describe(block, block_hash(1), [1])
+    pool._contents._children.clear()
+    with pytest.raises(RuntimeError, match="contents"):
         pool.check()

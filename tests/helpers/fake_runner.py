@@ -1,4 +1,4 @@
-"""A model runner without a model: its KV cache holds token ids, and it fails where they are not what they should be."""
+"""A model runner without a model: its KV cache holds token ids and what they follow, and wrong ones make it fail."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from worker.engine.plan import Drawn, StepPlan
 class FakeRunner:
     """Draws a token that depends on every token of the sequence, read back through the block table.
 
-    A wrong block table, a block shared while it is written, or a position that was never computed changes the tokens.
+    A wrong block table, a block shared while it is written, or a position that was never computed changes the tokens or
+    raises. So does a position that was computed behind other tokens than those before it, as keys and values are: a
+    block copied from where another prefix came before.
     """
 
     def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self.cache: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.cache: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
+        """A position's token, and a mark of all tokens up to it."""
         self.steps: list[StepPlan] = []
         self.tokens_computed = 0
 
@@ -28,21 +31,31 @@ class FakeRunner:
             self.cache[target] = self.cache[source][:]
         self.tokens_computed += plan.num_tokens
         for chunk in plan.chunks:
-            for offset, token in enumerate(chunk.token_ids):
-                block, slot = divmod(chunk.start + offset, self.block_size)
-                self.cache[chunk.block_table[block]][slot] = token
+            mark = self._read(chunk.block_table, chunk.start)[1]
+            for position, token in enumerate(chunk.token_ids, chunk.start):
+                mark = hash((mark, token))
+                block, slot = divmod(position, self.block_size)
+                self.cache[chunk.block_table[block]][slot] = token, mark
         drawn: list[list[Drawn]] = []
         for chunk in plan.chunks:
-            end = chunk.start + len(chunk.token_ids)
-            tokens = []
-            for position in range(end):
-                block, slot = divmod(position, self.block_size)
-                found = self.cache[chunk.block_table[block]][slot]
-                if found is None:
-                    raise AssertionError(f"position {position} was never computed")
-                tokens.append(found)
+            tokens, _ = self._read(chunk.block_table, chunk.start + len(chunk.token_ids))
             drawn.append([Drawn(next_token(tokens, self.vocab_size, draw.choice)) for draw in chunk.draws])
         return drawn
+
+    def _read(self, block_table: Sequence[int], count: int) -> tuple[list[int], int]:
+        """The first `count` tokens that a block table holds, and the mark of the last."""
+        tokens, mark = [], 0
+        for position in range(count):
+            block, slot = divmod(position, self.block_size)
+            found = self.cache[block_table[block]][slot]
+            if found is None:
+                raise AssertionError(f"position {position} was never computed")
+            token, found_mark = found
+            mark = hash((mark, token))
+            if found_mark != mark:
+                raise AssertionError(f"position {position} was computed behind other tokens")
+            tokens.append(token)
+        return tokens, mark
 
 
 def next_token(tokens: Sequence[int], vocab_size: int = 1000, choice: int = 0) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from worker.kernels import ReferenceKernels
-from worker.model import ModelConfig, ModelError, Shard, load_model, weights_digest
+from worker.model import ModelConfig, ModelError, Shard, load_model, weights_digest, weights_state
 from worker.model.layers import Layer
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -120,7 +120,13 @@ def test_digest_follows_the_bytes(tmp_path: Path) -> None:
     one = write_random_qwen3(tmp_path / "one", seed=1)
     assert weights_digest(one) == weights_digest(write_random_qwen3(tmp_path / "two", seed=1))
     assert weights_digest(one) != weights_digest(write_random_qwen3(tmp_path / "three", seed=2))
-    assert len(weights_digest(write_random_qwen3(tmp_path / "four", shards=2))) == 64
+    four = write_random_qwen3(tmp_path / "four", shards=2)
+    assert len(weights_digest(four)) == 64
+    state = weights_state(four)
+    assert weights_state(four) == state != weights_state(one)
+    shard = next(four.glob("*-00002-of-*.safetensors"))
+    shard.write_bytes(shard.read_bytes())
+    assert weights_state(four) != state, "written again: to be read again"
 
 
 class Recorder(ReferenceKernels):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from tests.helpers.steps import chunk, logits_of, plan, table
-from worker.engine.plan import Chunk, Draw, SamplingParams
+from worker.engine.plan import Chunk, Draw, SamplingParams, StepPlan
 from worker.runner import TorchRunner
 
 LENGTH = 530
@@ -105,6 +105,19 @@ def test_block_size_does_not_matter(case: tuple[Path, str], block_size: int) -> 
     expected = logits_of(make(case), IDS, table(0, LENGTH, 16), [LENGTH])
     got = logits_of(make(case, block_size), IDS, table(3, LENGTH, block_size), [LENGTH - 2, 1])
     assert torch.equal(got, expected)
+
+
+def test_where_a_prefix_was_copied_from_does_not_matter(case: tuple[Path, str]) -> None:
+    """A sequence shares one block of another, and has a copy of the next in the step in which that is written further;
+    the copy comes by way of a third block."""
+    runner = make(case)
+    owner, ids = IDS[:60], [*IDS[:27], *random_ids(30, 3)]
+    draw = Draw(SamplingParams(temperature=1.0, seed=3), 0, 0)
+    ((alone,),) = runner.execute(plan(chunk(ids, 0, table(50, 60, 16), draw)))
+    runner.execute(plan(chunk(owner[:30], 0, [0, 1])))
+    both = StepPlan((chunk(owner[30:], 30, [0, 1, 2, 3]), chunk(ids[27:], 27, [0, 4, 5, 6], draw)), ((1, 7), (7, 4)))
+    assert runner.execute(both) == [[], [alone]]
+    assert same(kv_of(runner, (0, 4, 5, 6), len(ids)), kv_of(runner, table(50, 60, 16), len(ids)))
 
 
 def test_reused_blocks_do_not_leak(case: tuple[Path, str]) -> None:

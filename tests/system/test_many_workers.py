@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from qwire import Client
+from qwire import Client, Generation
 from qwire.v1 import admin_pb2, admin_pb2_grpc
 from qwire.v1 import generation_pb2 as pb
 from tests.helpers.stacks import RunningStack, eventually, running_stack
@@ -46,27 +46,34 @@ def wait_for_both(stack: RunningStack) -> None:
     assert eventually(lambda: all(worker.ready for worker in workers(stack)), 40)
 
 
-def finish(client: Client, prompt: list[int], count: int = 8, **more: object) -> pb.Finished:
-    generation = client.generate(
+def generate(client: Client, prompt: list[int], count: int = 8, **more: object) -> Generation:
+    return client.generate(
         token_ids=prompt,
         temperature=0,
         max_tokens=count,
         ignore_eos=True,
         **more,  # type: ignore[arg-type]
     ).read()
-    assert generation.finished is not None
-    return generation.finished
 
 
-def test_sixteen_cold_streams_compute_a_shared_prefix_once_a_worker(pair: RunningStack) -> None:
-    shared = [(7 * i) % 250 for i in range(600)]
-    suffixes = [[100 + number, 3, number] for number in range(16)]
+def finish(client: Client, prompt: list[int], count: int = 8, **more: object) -> pb.Finished:
+    finished = generate(client, prompt, count, **more).finished
+    assert finished is not None
+    return finished
+
+
+@pytest.mark.parametrize("count", [1, 24])
+def test_sixteen_cold_streams_compute_a_shared_prefix_once_a_worker(pair: RunningStack, count: int) -> None:
+    shared = [(7 * i + count) % 250 for i in range(600)]  # ends within a block
+    prompts = [[*shared, 100 + number, 3, number] for number in range(16)]
     with pair.client() as client, ThreadPoolExecutor(16) as pool:
-        ends = list(pool.map(lambda suffix: finish(client, [*shared, *suffix], 24), suffixes))
+        together = list(pool.map(lambda prompt: generate(client, prompt, count), prompts))
+        alone = list(pool.map(lambda prompt: generate(client, prompt, count, bypass=True), prompts))
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    ends = [one.finished for one in together if one.finished is not None]
     computed = sum(end.usage.prompt_tokens - end.usage.cached_tokens for end in ends)
-    per_stream = 3 + 600 % 16  # what follows the last full block of the prefix
     print(f"computed {computed} tokens, on {sorted(Counter(end.placement.worker for end in ends).values())} streams")
-    assert computed <= 2 * 600 + 16 * per_stream
+    assert computed <= 2 * 600 + 16 * 3
 
 
 def test_a_request_goes_where_its_prefix_is(pair: RunningStack) -> None:

@@ -126,6 +126,7 @@ def test_a_killed_rank_takes_its_group_and_another_serves(pair: RunningStack, ra
         launcher = pair.pids["worker-0"]
         before = ranks_of(launcher)
         assert len(before) == 2
+        numerics = client.model().numerics_id
         if busy:
             pool.submit(answer, client, PROMPTS[0], 3000)
             time.sleep(0.3)
@@ -139,6 +140,7 @@ def test_a_killed_rank_takes_its_group_and_another_serves(pair: RunningStack, ra
         assert took < 5
         assert pair.pids["worker-0"] == launcher
         assert not set(before) & set(ranks_of(launcher))
+        assert client.model().numerics_id == numerics
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -7,14 +7,19 @@ Invariant: every block is in exactly one of three states.
 - free: neither.
 
 A block is full once all of its positions are computed, and is not written again while anyone refers to it. Only full
-blocks are ever shared, so no writable block is. All operations are O(1) a block.
+blocks are ever shared, so no writable block is. What the first positions of any block hold may be known too, full or
+not, used, cached or free: a sequence that begins a block with the same tokens copies them (`longest_match`).
+
+All operations are O(1) a block; with contents, O(log n) in the blocks behind one parent, and a move of their list.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from worker.engine.block_contents import BlockContents
 
 
 class OutOfBlocks(Exception):
@@ -44,8 +49,11 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._full = [False] * num_blocks
         self._by_hash: dict[bytes, int] = {}
-        # A stack: the block freed last is reused first, its memory is the likeliest to be in the CPU's caches.
-        self._free = list(reversed(range(num_blocks)))
+        # Of use to copy from, until reused.
+        self._contents = BlockContents()
+        # Taken from the right. A block of unknown contents is put there: the one freed last is reused first, its memory
+        # is the likeliest to be in the CPU's caches. One of known contents is put to the left.
+        self._free = deque(reversed(range(num_blocks)))
         # Least recently released first: the order of eviction.
         self._cached: OrderedDict[int, None] = OrderedDict()
         # Hashes that changed since last taken, and whether they are found now. None while nobody watches.
@@ -78,6 +86,15 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def longest_match(self, parent: bytes, ids: Sequence[int]) -> tuple[int, int] | None:
+        """The block behind `parent` (a block's hash, or the root) that begins with the most of `ids`, and how many
+        those are; None if none begins with the first.
+
+        Takes no reference: the block may be handed out before it is read. What it holds is still there when the next
+        step copies blocks, which is before that step writes any.
+        """
+        return self._contents.longest_match(parent, ids)
+
     def num_evictable(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` `num_available` counts: taking them makes it smaller by that."""
         return sum(1 for block in blocks if self._refs[block] == 0)
@@ -92,7 +109,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks with one reference each and no hash, all or none. Raises OutOfBlocks."""
+        """Takes `count` blocks with one reference each, no hash, unknown contents; all or none. Raises OutOfBlocks."""
         if count > self.num_available:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} available")
         return [self._take() for _ in range(count)]
@@ -103,13 +120,25 @@ class BlockPool:
             raise ValueError(f"block {block} is not used")
         self._full[block] = True
 
+    def describe(self, block: int, parent: bytes, ids: Sequence[int]) -> None:
+        """Says what a used block holds in its first positions, behind `parent`, for `longest_match` to find: at least
+        one id, and at least those that were said of it before."""
+        if self._refs[block] == 0:
+            raise ValueError(f"block {block} is not used")
+        if not 0 < len(ids) <= self.block_size:
+            raise ValueError(f"block {block} holds 1 to {self.block_size} ids, not {len(ids)}")
+        self._contents.note(block, parent, ids)
+
     def publish(self, block: int, block_hash: bytes) -> None:
         """Seals a block, and has `lookup` find it under the hash of its content.
 
         Where another block is found under the hash already, this one isn't: block tables are never rewritten.
         """
         self.seal(block)
-        if block_hash in self._by_hash or self._hashes[block] is not None:
+        if self._hashes[block] is not None:
+            return
+        if block_hash in self._by_hash:
+            self._contents.forget(block)  # the other one is found for all that this one holds
             return
         self._hashes[block] = block_hash
         self._by_hash[block_hash] = block
@@ -118,18 +147,20 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Drops one reference of each block of one sequence, given in the order of its block table.
 
-        Blocks without a hash are reused first. Of the hashed ones the tail of the chain goes first: a prefix is of use
-        without its tail, a tail without its prefix is not.
+        Blocks without a hash are reused first, those of unknown contents before others. Of the hashed ones the tail of
+        the chain goes first: a prefix is of use without its tail, a tail without its prefix is not.
         """
         for block in reversed(blocks):
             if self._refs[block] == 0:
                 raise ValueError(f"block {block} is released more often than taken")
             self._refs[block] -= 1
             if self._refs[block] == 0:
-                if self._hashes[block] is None:
-                    self._free.append(block)
-                else:
+                if self._hashes[block] is not None:
                     self._cached[block] = None
+                elif block in self._contents:
+                    self._free.appendleft(block)
+                else:
+                    self._free.append(block)
 
     def watch(self, watched: bool) -> None:
         """Begins or ends the record of changes. While it runs, `take_changes` is to be called after each step: what it
@@ -156,7 +187,7 @@ class BlockPool:
     def check(self) -> None:
         """Verifies the invariant over the whole pool; raises RuntimeError where it is broken. O(num_blocks)."""
         free, cached = set(self._free), set(self._cached)
-        problems = []
+        problems = self._contents.check()
         if len(free) != len(self._free):
             problems.append("a block is free twice")
         for block, (refs, block_hash) in enumerate(zip(self._refs, self._hashes, strict=True)):
@@ -188,6 +219,7 @@ class BlockPool:
                 del self._by_hash[block_hash]
                 self._hashes[block] = None
                 self._note(block_hash, found=False)
+        self._contents.forget(block)
         self._refs[block] = 1
         self._full[block] = False
         return block

@@ -7,6 +7,10 @@ before waiting.
 
 Out of blocks, the running sequence that arrived last loses its blocks and waits again at the head of the queue; its
 tokens are computed anew later (and found in the prefix cache where they still are).
+
+A prompt's leading tokens that other sequences have computed under the same root are not computed again. Full blocks are
+shared as they are. Where the prompt leaves them within a block, the tokens before that point are copied, at the start
+of the step, from a block that begins with them into one of its own. What another sequence is computing is waited for.
 """
 
 from __future__ import annotations
@@ -14,10 +18,15 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from qwire import prefix
+from qwire.prefix import block_hash
+from worker.engine.block_contents import common
 from worker.engine.block_pool import BlockPool
 from worker.engine.plan import Chunk, StepPlan
 from worker.engine.sequence import SequenceState
+
+WORTH_SHARING = 1 / 4
+"""A smaller part of a block is neither copied nor waited for but computed again: a copy is of the whole block, a wait
+takes a step, and many chats begin with the same few words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,26 @@ class Scheduled:
     sequences: list[SequenceState]
 
 
+@dataclass(frozen=True, slots=True)
+class _ComputedPrefix:
+    blocks: list[int]
+    """Full blocks, to be shared."""
+    source: int = 0
+    """A block that begins with the tokens behind those, `copied` of them; of no meaning if that is 0."""
+    copied: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _BeingComputed:
+    """What running sequences are about to compute of the tokens that they already have."""
+
+    hashes: set[bytes]
+    """Of the full blocks."""
+    begun: dict[bytes, list[list[int]]]
+    """Token ids of the first block of each, by the hash of the block before. Later blocks don't matter: a sequence that
+    agrees with those has to wait for the first as a full one."""
+
+
 class Scheduler:
     """Owns the queue, the running sequences and the block pool. Not thread-safe: the step loop's alone."""
 
@@ -45,8 +74,10 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.preemptions = 0
+        self._worth_sharing = max(1, int(WORTH_SHARING * pool.block_size))
         self._copies: list[tuple[int, int]] = []
-        """Blocks to copy at the beginning of the next step."""
+        """Blocks to copy at the beginning of the next step, one after another. What the pool says that a block holds is
+        so once these are done, whoever was given the block since."""
 
     def fits(self, total_tokens: int) -> bool:
         """Whether a sequence of that many tokens could run if it had the pool to itself."""
@@ -119,13 +150,21 @@ class Scheduler:
         self.running.append(child)
 
     def computed(self, sequence: SequenceState, count: int) -> None:
-        """Notes that `count` more tokens of a running sequence are in its blocks, and shares the blocks they filled."""
+        """Notes that `count` more tokens of a running sequence are in its blocks, and shares the blocks they filled.
+
+        Of a block that is not full, what a prompt left in it is shared at once, and what is generated once it is freed:
+        not with each token.
+        """
+        decoded = sequence.left == 1
         sequence.computed += count
         full = sequence.computed // self.pool.block_size
         if sequence.request.use_prefix_cache:
             self._hash(sequence, full)
             for index in range(sequence.published, full):
+                self._describe(sequence, index)
                 self.pool.publish(sequence.blocks[index], sequence.hashes[index])
+            if not decoded:
+                self._describe(sequence, full)
         else:
             for block in sequence.blocks[sequence.published : full]:
                 self.pool.seal(block)
@@ -139,22 +178,27 @@ class Scheduler:
         """Moves the first sequence that can start from the queue to the running ones, its first chunk reserved."""
         if not self.waiting:
             return None
-        computing = self._being_computed()
+        being_computed = self._being_computed()
         for sequence in self.waiting:
-            cached, next_hash = self._cached_prefix(sequence)
-            if next_hash in computing:
-                continue  # another sequence computes that block now: wait for it rather than compute it twice
+            prefix = self._computed_prefix(sequence, being_computed)
+            if prefix is None:
+                continue
             # All of its prompt must fit at once, or two half-computed prompts could starve each other.
-            needed = self._blocks_for(sequence.total + 1) - len(cached)
-            if needed > self.pool.num_available - self.pool.num_evictable(cached) and self.running:
+            needed = self._blocks_for(sequence.total + 1) - len(prefix.blocks)
+            if needed > self.pool.num_available - self.pool.num_evictable(prefix.blocks) and self.running:
                 return None
-            self.pool.acquire(cached)
-            sequence.blocks = cached
-            sequence.computed = len(cached) * self.pool.block_size
-            sequence.published = len(cached)
-            if not self._reserve(sequence, min(sequence.left, budget)):
+            self.pool.acquire(prefix.blocks)
+            sequence.blocks = prefix.blocks[:]
+            sequence.computed = len(prefix.blocks) * self.pool.block_size
+            sequence.published = len(prefix.blocks)
+            if not self._reserve(sequence, min(sequence.left, prefix.copied + budget)):
                 self._free(sequence)
                 return None
+            if prefix.copied:
+                target = sequence.blocks[len(prefix.blocks)]
+                if target != prefix.source:  # it may have been the next to be handed out
+                    self._copies.append((prefix.source, target))
+                sequence.computed += prefix.copied
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
                 sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
@@ -163,35 +207,57 @@ class Scheduler:
             return sequence
         return None
 
-    def _cached_prefix(self, sequence: SequenceState) -> tuple[list[int], bytes | None]:
-        """Cached blocks of a waiting sequence, and the hash of the block after them if that is a full one.
+    def _computed_prefix(self, sequence: SequenceState, being_computed: _BeingComputed) -> _ComputedPrefix | None:
+        """What others have computed of a waiting sequence's leading tokens; None if it is to wait for more of them.
 
-        The last token is always computed, because its logits are wanted.
+        The last token is never among them: it is always computed, because its logits are wanted.
         """
         if not sequence.request.use_prefix_cache:
-            return [], None
-        full = (sequence.total - 1) // self.pool.block_size
+            return _ComputedPrefix([])
+        last = sequence.total - 1
+        full = last // self.pool.block_size
         self._hash(sequence, full)
-        cached = self.pool.lookup(sequence.hashes[:full])
-        return cached, sequence.hashes[len(cached)] if len(cached) < full else None
+        blocks = self.pool.lookup(sequence.hashes[:full])
+        count = len(blocks)
+        if count < full and sequence.hashes[count] in being_computed.hashes:
+            return None
+        parent = sequence.parent_hash(count)
+        ids = sequence.tokens[count * self.pool.block_size : min((count + 1) * self.pool.block_size, last)]
+        source, copied = self.pool.longest_match(parent, ids) or (0, 0)
+        if copied < self._worth_sharing:
+            copied = 0
+        if any(common(ids, others) >= copied + self._worth_sharing for others in being_computed.begun.get(parent, ())):
+            return None
+        return _ComputedPrefix(blocks, source, copied)
 
-    def _being_computed(self) -> set[bytes | None]:
-        """Hashes of the full blocks that running sequences are about to fill with tokens they already have."""
-        hashes: set[bytes | None] = set()
+    def _being_computed(self) -> _BeingComputed:
+        size = self.pool.block_size
+        hashes: set[bytes] = set()
+        begun: dict[bytes, list[list[int]]] = {}
         for sequence in self.running:
             if sequence.request.use_prefix_cache and sequence.left > 1:
-                full = sequence.total // self.pool.block_size
+                full = sequence.total // size
                 self._hash(sequence, full)
                 hashes.update(sequence.hashes[sequence.published : full])
-        return hashes
+                first = sequence.computed // size
+                ids = sequence.tokens[first * size : (first + 1) * size]
+                begun.setdefault(sequence.parent_hash(first), []).append(ids)
+        return _BeingComputed(hashes, begun)
+
+    def _describe(self, sequence: SequenceState, index: int) -> None:
+        """Tells the pool what the computed positions of a sequence's block hold, if there are any."""
+        size = self.pool.block_size
+        ids = sequence.tokens[index * size : min((index + 1) * size, sequence.computed)]
+        if ids:
+            self.pool.describe(sequence.blocks[index], sequence.parent_hash(index), ids)
 
     def _hash(self, sequence: SequenceState, count: int) -> None:
         """Extends a sequence's block hashes to its first `count` blocks."""
         size = self.pool.block_size
         while len(sequence.hashes) < count:
             done = len(sequence.hashes)
-            parent = sequence.hashes[-1] if done else sequence.request.prefix_root
-            sequence.hashes.append(prefix.block_hash(parent, sequence.tokens[done * size : (done + 1) * size]))
+            ids = sequence.tokens[done * size : (done + 1) * size]
+            sequence.hashes.append(block_hash(sequence.parent_hash(done), ids))
 
     def _reserve(self, sequence: SequenceState, count: int) -> bool:
         """Gives a sequence the blocks for its next `count` tokens, if there are any."""
@@ -210,6 +276,8 @@ class Scheduler:
         self.preemptions += 1
 
     def _free(self, sequence: SequenceState) -> None:
+        if sequence.request.use_prefix_cache:
+            self._describe(sequence, sequence.computed // self.pool.block_size)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0

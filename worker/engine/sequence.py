@@ -133,6 +133,10 @@ class SequenceState:
         """Generated ids, those of earlier attempts counted."""
         return len(self.tokens) - len(self.request.prompt_ids)
 
+    def parent_hash(self, index: int) -> bytes:
+        """What the hash of block `index` starts from, where `hashes` holds those of all blocks before it."""
+        return self.hashes[index - 1] if index else self.request.prefix_root
+
     def end_reason(self) -> EndReason | None:
         """Whether the newest token is the last."""
         newest = self.tokens[-1]

@@ -1,7 +1,7 @@
 """Qwen models: configuration, layers, and loading from a folder of safetensors."""
 
 from worker.model.config import DefaultSampling, ModelConfig, RopeConfig
-from worker.model.digest import weights_digest
+from worker.model.digest import weights_digest, weights_state
 from worker.model.errors import ModelError
 from worker.model.loader import load_model
 from worker.model.plan import Shard, check_shares
@@ -17,4 +17,5 @@ __all__ = [
     "check_shares",
     "load_model",
     "weights_digest",
+    "weights_state",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class ReferenceLinear:
     packed: bool
 
 
+@cache
 def _packs(dtype: torch.dtype) -> bool:
     """Whether this torch and CPU have oneDNN's prepacked product for `dtype` (float16 needs AVX512-FP16, for one)."""
     if not torch._C._has_mkldnn:
