@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qwire import __version__
 
+MAX_ADDRESSES = 64
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 _MAX_RECEIVE_BYTES = 16 * 1024 * 1024
@@ -20,10 +21,23 @@ def channel_options(address: str, extra: Sequence[tuple[str, int | str]] = ()) -
         # A stream may be silent for long while its request waits in a queue, so a peer that is gone is found by pings.
         # How soon is up to grpc.http2.ping_timeout_ms (a minute by default); grpc.keepalive_timeout_ms has no say where
         # it is the longer one.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
+        # A router that was started again is found soon, and one that takes connections and says nothing isn't waited
+        # for: the "minimum" is how long connecting may take.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
     if address.startswith(_LOCAL_PREFIXES):
         # gRPC obeys http_proxy even for the loopback interface, where a proxy can only be in the way.
         options.append(("grpc.enable_http_proxy", 0))
     return [*options, *extra]
+
+
+def address_list(address: str | Sequence[str]) -> list[str]:
+    """One address or several as a list. Raises ValueError for none and for too many."""
+    addresses = [address] if isinstance(address, str) else list(address)
+    if not 1 <= len(addresses) <= MAX_ADDRESSES:
+        raise ValueError(f"1 to {MAX_ADDRESSES} addresses are needed, not {len(addresses)}")
+    return addresses

@@ -7,7 +7,7 @@ seen without the server (two prompts, an unknown role) raise ValueError or TypeE
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -66,6 +66,8 @@ class GenerateOptions(TypedDict, total=False):
     """Neither read from the prefix cache nor leave anything in it."""
     scope: str | None
     """Share cached prefixes only within this scope."""
+    continuity: Literal["exact", "best-effort"] | None
+    """What to do when the worker is lost and none gives exactly the same tokens: end, or go on."""
 
 
 def generate_request(prompt: str | None, options: GenerateOptions) -> gen.GenerateRequest:
@@ -84,6 +86,7 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> gen.Genera
         model=options.get("model") or "",
         request_id=options.get("request_id"),
         priority=options.get("priority"),
+        continuity=_continuity(options.get("continuity")),
         **_input(prompt, options),
     )
     _merge(
@@ -120,6 +123,17 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> gen.Genera
     )
     _merge(request.prefix_cache, gen.PrefixCacheOptions(bypass=options.get("bypass"), scope=options.get("scope")))
     return request
+
+
+def _continuity(name: str | None) -> gen.Continuity.ValueType:
+    known = {
+        None: gen.CONTINUITY_UNSPECIFIED,
+        "exact": gen.CONTINUITY_EXACT,
+        "best-effort": gen.CONTINUITY_BEST_EFFORT,
+    }
+    if name not in known:
+        raise ValueError(f"continuity is exact or best-effort, not {name!r}")
+    return known[name]
 
 
 class _Input(TypedDict, total=False):

@@ -1,13 +1,15 @@
 """What a Generate stream delivered, and the proof that nothing is missing, doubled or out of order.
 
 Invariant: a delta is taken in only if it begins exactly where its choice's output ends. So what a `Transcript` holds is
-always a prefix of what the server generated, and all of it once the stream has ended well.
+always a prefix of what the server generated, and all of it once the stream has ended well. This holds across resumes:
+what a cut stream delivered and what the next one brings are one output.
 """
 
 from __future__ import annotations
 
 import grpc
 
+from qwire._tries import Tries
 from qwire.errors import QwireError, Reason
 from qwire.v1 import generation_pb2 as gen
 
@@ -50,9 +52,12 @@ class ChoiceOutput:
 
 
 class Transcript:
-    """Takes in the messages of one stream in order."""
+    """Takes in the messages of one stream in order, and of those that go on with it."""
 
     def __init__(self, request: gen.GenerateRequest) -> None:
+        self._request = request
+        self._resumed = False
+        """The next message is the Accepted of a stream that goes on with this one."""
         output = request.output
         self._wants_ids = output.token_ids or not output.HasField("token_ids")
         self._wants_text = output.text or not output.HasField("text")
@@ -63,25 +68,57 @@ class Transcript:
         """The output of a choice, empty if nothing of it has come."""
         return self.choices.get(index) or ChoiceOutput()
 
-    def add(self, response: gen.GenerateResponse) -> gen.Delta | None:
-        """Takes in a message; returns its delta if it is one.
+    @property
+    def resumable(self) -> bool:
+        """Whether another stream can go on with this one, should it be cut."""
+        # Without ids the output is generated again, and its log-probabilities would come twice.
+        countable = self._wants_ids or not self._request.output.HasField("logprobs")
+        return self.accepted is not None and bool(self.accepted.resume_token) and countable
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has finished."""
+        return self.accepted is not None and all(
+            self.choice(index).finished is not None for index in range(self._count(self.accepted))
+        )
+
+    def resume(self) -> gen.GenerateRequest:
+        """The request that goes on where this stream was cut; the first one again where nothing has come."""
+        if self.accepted is None:
+            return self._request
+        self._resumed = True
+        request = gen.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.request_id = self.accepted.request_id  # so that it ends the first one, should that live on unnoticed
+        request.resume.token = self.accepted.resume_token
+        for index in range(self._count(self.accepted)):
+            choice = self.choice(index)
+            request.resume.choices.add(
+                token_ids=choice.token_ids, text_bytes=choice.text_bytes, finished=choice.finished is not None
+            )
+        return request
+
+    def add(self, response: gen.GenerateResponse) -> bool:
+        """Takes in a message; returns whether it says anything new, which a resumed stream's Accepted doesn't.
 
         Raises:
             QwireError: INTERNAL, if the message doesn't continue what came before.
         """
         event = response.WhichOneof("event")
         if event == "accepted":
+            if self._resumed:
+                self._resumed = False
+                return False
             if self.accepted is not None:
                 raise _broken("a second Accepted")
             self.accepted = response.accepted
-        elif event is not None and self.accepted is None:
+        elif event is not None and (self.accepted is None or self._resumed):
             raise _broken(f"{event} before Accepted")
         elif event == "delta":
             self._add_delta(response.delta)
-            return response.delta
         elif event == "finished":
             self._add_finished(response.finished)
-        return None  # An event that this client is too old to know is no fault.
+        return True  # An event that this client is too old to know is no fault.
 
     def end(self) -> None:
         """Says that the stream ended with OK.
@@ -89,11 +126,15 @@ class Transcript:
         Raises:
             QwireError: INTERNAL, if something should have come before that.
         """
-        if self.accepted is None:
+        if self.accepted is None or self._resumed:
             raise _broken("the end before Accepted")
-        for index in range(max(1, self.accepted.sampling.n)):
+        for index in range(self._count(self.accepted)):
             if self.choice(index).finished is None:
                 raise _broken(f"the end before choice {index} finished")
+
+    @staticmethod
+    def _count(accepted: gen.Accepted) -> int:
+        return max(1, accepted.sampling.n)
 
     def _open(self, index: int, event: str) -> ChoiceOutput:
         choice = self.choices.setdefault(index, ChoiceOutput())
@@ -118,6 +159,11 @@ class Transcript:
         choice.finished = finished
 
 
+def cancelled() -> QwireError:
+    """What whoever iterates gets when the caller has cancelled."""
+    return QwireError(grpc.StatusCode.CANCELLED, "cancelled by the caller")
+
+
 def _broken(what: str) -> QwireError:
     return QwireError(grpc.StatusCode.INTERNAL, f"the server broke the stream's rules: {what}", reason=Reason.INTERNAL)
 
@@ -125,8 +171,16 @@ def _broken(what: str) -> QwireError:
 class GenerationView:
     """What both generations show of their stream."""
 
-    def __init__(self, request: gen.GenerateRequest) -> None:
+    def __init__(self, request: gen.GenerateRequest, tries: Tries) -> None:
         self._transcript = Transcript(request)
+        self._tries = tries
+
+    def _delay(self, error: QwireError) -> float | None:
+        """Seconds after which a stream that failed is gone on with; None where it isn't."""
+        self._tries.begun = self._transcript.resumable
+        if self._transcript.accepted is not None and not self._transcript.resumable:
+            return None
+        return self._tries.after(error)
 
     @property
     def accepted(self) -> gen.Accepted | None:

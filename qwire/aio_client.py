@@ -9,16 +9,18 @@ from typing import Protocol, Self, TypeVar, Unpack, cast
 
 import grpc
 
-from qwire._channel import DEFAULT_ADDRESS, channel_options
+from qwire._channel import DEFAULT_ADDRESS, address_list, channel_options
 from qwire._chat import MessageLike, ToolLike
 from qwire._request import GenerateOptions, decode_request, encode_request, generate_request, render_chat_request
-from qwire._stream import GenerationView
+from qwire._stream import GenerationView, cancelled
+from qwire._tries import Tries, Turns
 from qwire.errors import QwireError
 from qwire.v1 import generation_pb2 as gen
 from qwire.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc, tokenizer_pb2_grpc
 from qwire.v1 import tokenizer_pb2 as tok
 
-_Answer = TypeVar("_Answer")
+_Request = TypeVar("_Request", contravariant=True)
+_Answer = TypeVar("_Answer", covariant=True)
 
 
 class _Stream(Protocol):
@@ -27,19 +29,29 @@ class _Stream(Protocol):
     def cancel(self) -> bool: ...
 
 
+class _Method(Protocol[_Request, _Answer]):
+    def __call__(
+        self, request: _Request, /, *, timeout: float | None, metadata: tuple[tuple[str, str | bytes], ...]
+    ) -> Awaitable[_Answer]: ...
+
+
 class AsyncGeneration(GenerationView):
     """One running request. Iterate it for deltas; what they add up to is in `text`, `token_ids` and `choices`.
 
-    Used as a context manager it cancels the request when the block is left early. Iterating raises `QwireError` when
-    the call fails, when `cancel` was called, and (INTERNAL) when a delta doesn't continue what came before. Cancelling
-    the task that iterates cancels the request too.
+    When its router is lost it goes on at that one or another, and whoever iterates sees a pause. Used as a context
+    manager it cancels the request when the block is left early. Iterating raises `QwireError` when the call fails, when
+    `cancel` was called, and (INTERNAL) when a delta doesn't continue what came before. Cancelling the task that
+    iterates cancels the request too.
     """
 
-    def __init__(self, request: gen.GenerateRequest, start: Callable[[gen.GenerateRequest], _Stream]) -> None:
-        super().__init__(request)
+    def __init__(
+        self, request: gen.GenerateRequest, start: Callable[[gen.GenerateRequest, Tries], _Stream], tries: Tries
+    ) -> None:
+        super().__init__(request, tries)
         self._ended = False
-        self._cancelled = False
-        self._call = start(request)
+        self._cancelled = asyncio.Event()
+        self._start = start
+        self._call = start(request, tries)
 
     def __aiter__(self) -> AsyncIterator[gen.Delta]:
         return self
@@ -75,36 +87,60 @@ class AsyncGeneration(GenerationView):
 
     def cancel(self) -> None:
         """Ends the request. Whoever iterates gets CANCELLED."""
-        self._cancelled = True
+        self._cancelled.set()
         self._call.cancel()
 
     async def _next(self) -> gen.GenerateResponse | None:
-        if self._ended:
-            return None
+        """The next message that says something new; None at the end."""
         try:
-            response = await self._call.read()
-        except grpc.RpcError as error:
+            while not self._ended:
+                try:
+                    response = await self._call.read()
+                except grpc.RpcError as error:
+                    await self._go_on(QwireError.from_rpc(error), error)
+                    continue
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    # grpc raises this for a call cancelled by `cancel` as well, where the task itself is to live on.
+                    if not self._cancelled.is_set() or (task is not None and task.cancelling()):
+                        raise
+                    raise cancelled() from None
+                if response is grpc.aio.EOF:
+                    self._ended = True
+                    self._transcript.end()
+                elif self._take(cast(gen.GenerateResponse, response)):
+                    return cast(gen.GenerateResponse, response)
+        except BaseException:
             self._ended = True
-            raise QwireError.from_rpc(error) from error
-        except asyncio.CancelledError:
-            self._ended = True
-            task = asyncio.current_task()
-            # grpc raises this for a call cancelled by `cancel` as well, where the task itself is to live on.
-            if not self._cancelled or (task is not None and task.cancelling()):
-                raise
-            raise QwireError(grpc.StatusCode.CANCELLED, "cancelled by the caller") from None
-        if response is grpc.aio.EOF:
-            self._ended = True
-            self._transcript.end()
-            return None
-        message = cast(gen.GenerateResponse, response)
-        try:
-            self._transcript.add(message)
-        except QwireError:
-            self._ended = True
-            self.cancel()
             raise
-        return message
+        return None
+
+    def _take(self, message: gen.GenerateResponse) -> bool:
+        try:
+            new = self._transcript.add(message)
+        except QwireError:
+            self._call.cancel()
+            raise
+        if new:
+            self._tries.progressed()
+        return new
+
+    async def _go_on(self, error: QwireError, cause: grpc.RpcError) -> None:
+        """Starts the call that goes on with one that failed. Raises the error where there is none."""
+        if self._cancelled.is_set():
+            raise error from cause
+        if self._transcript.complete:
+            self._ended = True  # all that was missing is the status
+            return
+        delay = self._delay(error)
+        if delay is None:
+            raise error from cause
+        try:
+            await asyncio.wait_for(self._cancelled.wait(), delay)
+        except TimeoutError:
+            self._call = self._start(self._transcript.resume(), self._tries)
+        else:
+            raise cancelled() from cause
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,13 +151,33 @@ class AsyncGeneration(GenerationView):
         self.cancel()
 
 
-class AsyncClient:
-    """A connection to a router, for one event loop.
+class _Router:
+    """The way to one router."""
 
-    Connects when first used, and again after the connection was lost. To be created in a running event loop.
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None,
+        options: Sequence[tuple[str, int | str]],
+    ) -> None:
+        arguments = channel_options(address, options)
+        if credentials is None:
+            self.channel = grpc.aio.insecure_channel(address, options=arguments)
+        else:
+            self.channel = grpc.aio.secure_channel(address, credentials, options=arguments)
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.models = models_pb2_grpc.ModelServiceStub(self.channel)
+        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
+
+
+class AsyncClient:
+    """Connections to the routers of a fleet, or to one, for one event loop.
+
+    Connects when first used, and again after a connection was lost. Calls take turns over the routers; one that finds
+    its router gone goes to the next, and a stream goes on there. To be created in a running event loop.
 
     Args:
-        address: a gRPC target: "host:port", "unix:/path", "dns:///name:port".
+        address: a gRPC target: "host:port", "unix:/path", "dns:///name:port"; or one for each router.
         credentials: TLS; None means plain text.
         metadata: sent with every call; keys in lower case.
         options: more gRPC channel arguments.
@@ -129,21 +185,15 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
-        arguments = channel_options(address, options)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=arguments)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=arguments)
+        self._routers = [_Router(target, credentials, options) for target in address_list(address)]
+        self._turns = Turns(len(self._routers))
         self._metadata = tuple(metadata)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
-        self._tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
 
     def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -163,27 +213,30 @@ class AsyncClient:
 
     def generate_request(self, request: gen.GenerateRequest, *, timeout: float | None = None) -> AsyncGeneration:
         """Starts a request that the caller has built; everything that the contract has can be said this way."""
-        return AsyncGeneration(
-            request, lambda message: self._generation.Generate(message, timeout=timeout, metadata=self._metadata)
-        )
+
+        def start(message: gen.GenerateRequest, tries: Tries) -> _Stream:
+            stub = self._routers[tries.router].generation
+            return stub.Generate(message, timeout=tries.timeout, metadata=self._metadata)
+
+        return AsyncGeneration(request, start, self._turns.call(timeout))
 
     async def generate_once(
         self, prompt: str | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> gen.GenerateOnceResponse:
         """Generates and returns everything when it is done: `choices[0].text`. Arguments are those of `generate`."""
         request = gen.GenerateOnceRequest(request=generate_request(prompt, options))
-        return await _answer(self._generation.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
+        return await self._ask(lambda router: router.generation.GenerateOnce, request, timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[models_pb2.ModelInfo]:
         """All served models, in order of name."""
         request = models_pb2.ListModelsRequest()
-        answer = await _answer(self._models.ListModels(request, timeout=timeout, metadata=self._metadata))
+        answer = await self._ask(lambda router: router.models.ListModels, request, timeout)
         return list(answer.models)
 
     async def model(self, name: str = "", *, timeout: float | None = None) -> models_pb2.ModelInfo:
         """One served model; the name may be empty where there is but one. NOT_FOUND if it isn't served."""
         request = models_pb2.GetModelRequest(model=name)
-        return (await _answer(self._models.GetModel(request, timeout=timeout, metadata=self._metadata))).model
+        return (await self._ask(lambda router: router.models.GetModel, request, timeout)).model
 
     async def encode(
         self,
@@ -215,7 +268,7 @@ class AsyncClient:
     ) -> list[list[int]]:
         """The token ids of each text."""
         request = encode_request(texts, model, add_special_tokens, special_tokens_as_text)
-        answer = await _answer(self._tokenizer.Encode(request, timeout=timeout, metadata=self._metadata))
+        answer = await self._ask(lambda router: router.tokenizer.Encode, request, timeout)
         return [list(item.ids) for item in answer.encodings]
 
     async def decode(
@@ -242,7 +295,7 @@ class AsyncClient:
     ) -> list[str]:
         """The text of each list of token ids."""
         request = decode_request(sequences, model, skip_special_tokens)
-        answer = await _answer(self._tokenizer.Decode(request, timeout=timeout, metadata=self._metadata))
+        answer = await self._ask(lambda router: router.tokenizer.Decode, request, timeout)
         return list(answer.texts)
 
     async def render_chat(
@@ -265,11 +318,28 @@ class AsyncClient:
             add_generation_prompt=add_generation_prompt,
             template_time=template_time,
         )
-        return await _answer(self._tokenizer.RenderChat(request, timeout=timeout, metadata=self._metadata))
+        return await self._ask(lambda router: router.tokenizer.RenderChat, request, timeout)
 
     async def close(self) -> None:
-        """Closes the connection; running requests are cancelled."""
-        await self._channel.close()
+        """Closes the connections; running requests are cancelled."""
+        for router in self._routers:
+            await router.channel.close()
+
+    async def _ask(
+        self, method: Callable[[_Router], _Method[_Request, _Answer]], request: _Request, timeout: float | None
+    ) -> _Answer:
+        """A call that answers once, at the next router where one is gone."""
+        tries = self._turns.call(timeout)
+        while True:
+            try:
+                call = method(self._routers[tries.router])
+                return await call(request, timeout=tries.timeout, metadata=self._metadata)
+            except grpc.RpcError as error:
+                failed = QwireError.from_rpc(error)
+                delay = tries.after(failed)
+                if delay is None:
+                    raise failed from error
+                await asyncio.sleep(delay)
 
     async def __aenter__(self) -> Self:
         return self
@@ -278,10 +348,3 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-async def _answer(call: Awaitable[_Answer]) -> _Answer:
-    try:
-        return await call
-    except grpc.RpcError as error:
-        raise QwireError.from_rpc(error) from error

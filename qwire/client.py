@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 
 import grpc
 
-from qwire._channel import DEFAULT_ADDRESS, channel_options
+from qwire._channel import DEFAULT_ADDRESS, address_list, channel_options
 from qwire._chat import MessageLike, ToolLike
 from qwire._request import (
     GenerateOptions,
@@ -17,13 +19,15 @@ from qwire._request import (
     generate_request,
     render_chat_request,
 )
-from qwire._stream import GenerationView
+from qwire._stream import GenerationView, cancelled
+from qwire._tries import Tries, Turns
 from qwire.errors import QwireError
 from qwire.v1 import generation_pb2 as gen
 from qwire.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc, tokenizer_pb2_grpc
 from qwire.v1 import tokenizer_pb2 as tok
 
-_Answer = TypeVar("_Answer")
+_Request = TypeVar("_Request", contravariant=True)
+_Answer = TypeVar("_Answer", covariant=True)
 
 
 class _Stream(Protocol):
@@ -32,18 +36,29 @@ class _Stream(Protocol):
     def cancel(self) -> bool: ...
 
 
+class _Method(Protocol[_Request, _Answer]):
+    def __call__(
+        self, request: _Request, /, *, timeout: float | None, metadata: tuple[tuple[str, str | bytes], ...]
+    ) -> _Answer: ...
+
+
 class Generation(GenerationView):
     """One running request. Iterate it for deltas; what they add up to is in `text`, `token_ids` and `choices`.
 
-    Used as a context manager it cancels the request when the block is left early. Iterating raises `QwireError` when
-    the call fails, when it was cancelled, and (INTERNAL) when a delta doesn't continue what came before.
+    When its router is lost it goes on at that one or another, and whoever iterates sees a pause. Used as a context
+    manager it cancels the request when the block is left early. Iterating raises `QwireError` when the call fails, when
+    it was cancelled, and (INTERNAL) when a delta doesn't continue what came before.
     """
 
-    def __init__(self, request: gen.GenerateRequest, start: Callable[[gen.GenerateRequest], _Stream]) -> None:
-        super().__init__(request)
+    def __init__(
+        self, request: gen.GenerateRequest, start: Callable[[gen.GenerateRequest, Tries], _Stream], tries: Tries
+    ) -> None:
+        super().__init__(request, tries)
         self._ended = False
+        self._cancelled = threading.Event()
+        self._start = start
         try:
-            self._call = start(request)
+            self._call = start(request, tries)
         except grpc.RpcError as error:
             raise QwireError.from_rpc(error) from error
 
@@ -88,26 +103,51 @@ class Generation(GenerationView):
 
     def cancel(self) -> None:
         """Ends the request; safe to call from any thread and at any time. Whoever iterates gets CANCELLED."""
+        self._cancelled.set()
         self._call.cancel()
 
     def _next(self) -> gen.GenerateResponse:
         if self._ended:
             raise StopIteration
         try:
-            response = next(self._call)
-            self._transcript.add(response)
-        except StopIteration:
+            while (response := self._receive()) is None:
+                pass
+        except BaseException:
             self._ended = True
+            raise
+        return response
+
+    def _receive(self) -> gen.GenerateResponse | None:
+        """The next message that says something new; None where there may be one now."""
+        try:
+            response = next(self._call)
+        except StopIteration:
             self._transcript.end()
             raise
         except grpc.RpcError as error:
-            self._ended = True
-            raise QwireError.from_rpc(error) from error
+            self._go_on(QwireError.from_rpc(error), error)
+            return None
+        try:
+            new = self._transcript.add(response)
         except QwireError:
-            self._ended = True
-            self.cancel()
+            self._call.cancel()
             raise
-        return response
+        if new:
+            self._tries.progressed()
+        return response if new else None
+
+    def _go_on(self, error: QwireError, cause: grpc.RpcError) -> None:
+        """Starts the call that goes on with one that failed. Raises the error where there is none."""
+        if self._transcript.complete and not self._cancelled.is_set():
+            raise StopIteration  # all that was missing is the status
+        delay = None if self._cancelled.is_set() else self._delay(error)
+        if delay is None:
+            raise error from cause
+        if self._cancelled.wait(delay):
+            raise cancelled() from cause
+        self._call = self._start(self._transcript.resume(), self._tries)
+        if self._cancelled.is_set():
+            self._call.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -118,13 +158,33 @@ class Generation(GenerationView):
         self.cancel()
 
 
-class Client:
-    """A connection to a router.
+class _Router:
+    """The way to one router."""
 
-    Connects when first used, and again after the connection was lost. Safe to use from several threads.
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None,
+        options: Sequence[tuple[str, int | str]],
+    ) -> None:
+        arguments = channel_options(address, options)
+        if credentials is None:
+            self.channel = grpc.insecure_channel(address, options=arguments)
+        else:
+            self.channel = grpc.secure_channel(address, credentials, options=arguments)
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.models = models_pb2_grpc.ModelServiceStub(self.channel)
+        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
+
+
+class Client:
+    """Connections to the routers of a fleet, or to one.
+
+    Connects when first used, and again after a connection was lost. Calls take turns over the routers; one that finds
+    its router gone goes to the next, and a stream goes on there. Safe to use from several threads.
 
     Args:
-        address: a gRPC target: "host:port", "unix:/path", "dns:///name:port".
+        address: a gRPC target: "host:port", "unix:/path", "dns:///name:port"; or one for each router.
         credentials: TLS; None means plain text.
         metadata: sent with every call; keys in lower case.
         options: more gRPC channel arguments.
@@ -132,21 +192,15 @@ class Client:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
-        arguments = channel_options(address, options)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=arguments)
-        else:
-            self._channel = grpc.secure_channel(address, credentials, options=arguments)
+        self._routers = [_Router(target, credentials, options) for target in address_list(address)]
+        self._turns = Turns(len(self._routers))
         self._metadata = tuple(metadata)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
-        self._tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
 
     def generate(
         self, prompt: str | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -166,27 +220,30 @@ class Client:
 
     def generate_request(self, request: gen.GenerateRequest, *, timeout: float | None = None) -> Generation:
         """Starts a request that the caller has built; everything that the contract has can be said this way."""
-        return Generation(
-            request, lambda message: self._generation.Generate(message, timeout=timeout, metadata=self._metadata)
-        )
+
+        def start(message: gen.GenerateRequest, tries: Tries) -> _Stream:
+            stub = self._routers[tries.router].generation
+            return stub.Generate(message, timeout=tries.timeout, metadata=self._metadata)
+
+        return Generation(request, start, self._turns.call(timeout))
 
     def generate_once(
         self, prompt: str | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> gen.GenerateOnceResponse:
         """Generates and returns everything when it is done: `choices[0].text`. Arguments are those of `generate`."""
         request = gen.GenerateOnceRequest(request=generate_request(prompt, options))
-        return _answer(lambda: self._generation.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
+        return self._ask(lambda router: router.generation.GenerateOnce, request, timeout)
 
     def models(self, *, timeout: float | None = None) -> list[models_pb2.ModelInfo]:
         """All served models, in order of name."""
         request = models_pb2.ListModelsRequest()
-        answer = _answer(lambda: self._models.ListModels(request, timeout=timeout, metadata=self._metadata))
+        answer = self._ask(lambda router: router.models.ListModels, request, timeout)
         return list(answer.models)
 
     def model(self, name: str = "", *, timeout: float | None = None) -> models_pb2.ModelInfo:
         """One served model; the name may be empty where there is but one. NOT_FOUND if it isn't served."""
         request = models_pb2.GetModelRequest(model=name)
-        return _answer(lambda: self._models.GetModel(request, timeout=timeout, metadata=self._metadata)).model
+        return self._ask(lambda router: router.models.GetModel, request, timeout).model
 
     def encode(
         self,
@@ -218,7 +275,7 @@ class Client:
     ) -> list[list[int]]:
         """The token ids of each text."""
         request = encode_request(texts, model, add_special_tokens, special_tokens_as_text)
-        answer = _answer(lambda: self._tokenizer.Encode(request, timeout=timeout, metadata=self._metadata))
+        answer = self._ask(lambda router: router.tokenizer.Encode, request, timeout)
         return [list(item.ids) for item in answer.encodings]
 
     def decode(
@@ -243,7 +300,7 @@ class Client:
     ) -> list[str]:
         """The text of each list of token ids."""
         request = decode_request(sequences, model, skip_special_tokens)
-        answer = _answer(lambda: self._tokenizer.Decode(request, timeout=timeout, metadata=self._metadata))
+        answer = self._ask(lambda router: router.tokenizer.Decode, request, timeout)
         return list(answer.texts)
 
     def render_chat(
@@ -266,11 +323,28 @@ class Client:
             add_generation_prompt=add_generation_prompt,
             template_time=template_time,
         )
-        return _answer(lambda: self._tokenizer.RenderChat(request, timeout=timeout, metadata=self._metadata))
+        return self._ask(lambda router: router.tokenizer.RenderChat, request, timeout)
 
     def close(self) -> None:
-        """Closes the connection; running requests are cancelled."""
-        self._channel.close()
+        """Closes the connections; running requests are cancelled."""
+        for router in self._routers:
+            router.channel.close()
+
+    def _ask(
+        self, method: Callable[[_Router], _Method[_Request, _Answer]], request: _Request, timeout: float | None
+    ) -> _Answer:
+        """A call that answers once, at the next router where one is gone."""
+        tries = self._turns.call(timeout)
+        while True:
+            try:
+                call = method(self._routers[tries.router])
+                return call(request, timeout=tries.timeout, metadata=self._metadata)
+            except grpc.RpcError as error:
+                failed = QwireError.from_rpc(error)
+                delay = tries.after(failed)
+                if delay is None:
+                    raise failed from error
+                time.sleep(delay)
 
     def __enter__(self) -> Self:
         return self
@@ -279,10 +353,3 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _answer(call: Callable[[], _Answer]) -> _Answer:
-    try:
-        return call()
-    except grpc.RpcError as error:
-        raise QwireError.from_rpc(error) from error

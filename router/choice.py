@@ -53,16 +53,24 @@ class Choice:
         self.spec = spec
         self.fail = fail
         self.ids: list[int] = []
-        """Every id received until the choice was complete, those after a stop string in the same step too."""
+        """Every id received until the choice was complete, those after a stop string in the same step too, behind those
+        that a resuming client held."""
         self.complete = False
         """All of its output is in Deltas, the pending one included."""
         self.first_token = 0.0
         self.last_token = 0.0
         """When ids came, in seconds on the stream's clock."""
         self._logprobs: list[pb.TokenLogprobs] = []
+        """Of the ids that came in this call."""
+        self._held_ids = 0
+        self._held_bytes = 0
+        """How many ids and bytes of text a resuming client held already: they are not in Deltas again."""
         self._delivered = 0
-        """How many of `ids` are in Deltas, the pending one included."""
+        """How many of `ids` the client has, those in the pending Delta included."""
+        self._consumed = 0
+        """How many of `ids` have become text."""
         self._text_bytes = 0
+        """Length of that text."""
         self._pending: pb.Delta | None = None
         self._end: worker_pb2.EndReason.ValueType = worker_pb2.END_REASON_UNSPECIFIED
         self._match: str | None = None
@@ -72,11 +80,30 @@ class Choice:
         """Whether the worker is done with it by itself."""
         return self._end != worker_pb2.END_REASON_UNSPECIFIED
 
+    @property
+    def needs_worker(self) -> bool:
+        """Whether more ids are wanted."""
+        return not (self.complete or self.ended_at_worker)
+
+    def resume(self, held: pb.ResumeChoice, end: worker_pb2.EndReason.ValueType) -> None:
+        """Goes on where a client stands, before anything else was done with the choice.
+
+        Text is a function of ids: it comes anew from the first id on, and what the client holds of it is left out.
+
+        Args:
+            end: how the ids end, unspecified where more are wanted.
+        """
+        self.ids = list(held.token_ids)
+        self._held_ids = self._delivered = len(self.ids)
+        self._held_bytes = held.text_bytes if self.spec.want_text else 0
+        self._end = end
+        self.complete = held.finished or (self.ended_at_worker and not self.spec.detokenized)
+
     def receive(self, step: worker_pb2.SequenceStep, now: float) -> list[tokenizer_pb2.DetokenizeRequest]:
         """Takes in new ids; returns what the detokenizer is to be told. Raises IndexGap."""
         if step.token_index != len(self.ids):
             raise IndexGap(f"ids from index {step.token_index} on, {len(self.ids)} were there")
-        if not self.ids:
+        if len(self.ids) == self._held_ids:
             self.first_token = now
         self.last_token = now
         first = len(self.ids)
@@ -95,12 +122,12 @@ class Choice:
         stop = self.spec.stop
         opening = tokenizer_pb2.DetokenizeOpen(
             sequence=self.sequence,
-            start_ids=self.ids[: self._delivered],
+            start_ids=self.ids[: self._consumed],
             stop_strings=stop.strings,
             include_stop=stop.include_stop,
             min_tokens=stop.min_tokens,
         )
-        return [tokenizer_pb2.DetokenizeRequest(open=opening), *self._pushes(self._delivered)]
+        return [tokenizer_pb2.DetokenizeRequest(open=opening), *self._pushes(self._consumed)]
 
     def take_piece(self, piece: tokenizer_pb2.DetokenizePiece) -> None:
         """Takes in text for a longer prefix of the ids."""
@@ -143,19 +170,21 @@ class Choice:
 
     def _emit(self, consumed: int, text: str) -> None:
         """Adds ids up to `consumed` and new text to the pending Delta."""
+        self._consumed = max(self._consumed, consumed)
         ids = self.ids[self._delivered : consumed]
-        text = text if self.spec.want_text else ""
+        offset = max(self._text_bytes, self._held_bytes)
+        text = self._not_held(text) if self.spec.want_text else ""
         if not (ids or text):
             return
         unread = self._pending is not None
         if self._pending is None:
-            self._pending = pb.Delta(choice=self.index, token_index=self._delivered, text_offset=self._text_bytes)
+            self._pending = pb.Delta(choice=self.index, token_index=self._delivered, text_offset=offset)
         if self.spec.want_ids:
             self._pending.token_ids.extend(ids)
-        self._pending.logprobs.extend(self._logprobs[self._delivered : consumed])
+        if ids:
+            self._pending.logprobs.extend(self._logprobs[self._delivered - self._held_ids : consumed - self._held_ids])
         self._pending.text += text
         self._delivered = max(self._delivered, consumed)
-        self._text_bytes += len(text.encode())
         # Many ids at once, from a tokenizer service that was away for a while, are not the reader's fault.
         if ids and unread and self._delivered - self._pending.token_index > self.spec.max_pending_tokens:
             self.fail(
@@ -165,3 +194,11 @@ class Choice:
                     reason=Reason.SLOW_READER,
                 )
             )
+
+    def _not_held(self, text: str) -> str:
+        """Counts new text, and leaves out what a resuming client holds of it."""
+        data = text.encode()
+        held = min(max(self._held_bytes - self._text_bytes, 0), len(data))
+        self._text_bytes += len(data)
+        # A client that counts wrongly may hold half a character; what it gets then is no worse.
+        return data[held:].decode(errors="replace") if held else text

@@ -20,10 +20,11 @@ class RouterConfig:
     worker: tuple[str, ...] = setting(help="A worker's gRPC target; repeatable.", multiple=True)
     tokenizer: str = setting(help="The tokenizer service's gRPC target; calls take turns over all its addresses.")
     fleet_secret: str = setting(
-        default="", help="Shared by routers and workers of a fleet; keys the cache scopes.", secret=True
+        default="", help="Shared by routers and workers of a fleet; keys cache scopes and resume tokens.", secret=True
     )
     grace: float = setting(default=30.0, help="Seconds that running streams get when the router is told to stop.")
     worker_wait: float = setting(default=10.0, help="Seconds that a call waits for a worker when none is ready.")
+    max_moves: int = setting(default=5, help="Workers that a stream may lose before it ends UNAVAILABLE.")
     placement: str = setting(
         default="prefix",
         help="Which worker takes a request: prefix (the least wait, its cached prompt counted), least-loaded or"
@@ -54,7 +55,7 @@ class RouterConfig:
             raise ConfigError("--worker: at least one target is needed")
         if len(set(self.worker)) != len(self.worker):
             raise ConfigError("--worker: a target is named twice")
-        for name in ("grace", "worker_wait"):
+        for name in ("grace", "worker_wait", "max_moves"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
         for name in ("max_streams", "max_request_bytes", "max_pending_tokens", "write_timeout", "default_max_tokens"):

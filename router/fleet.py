@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import grpc
 
@@ -17,6 +18,7 @@ from router.placement import Candidate, Policy
 from router.worker_link import WorkerLink
 
 FULL_RETRY_SECONDS = 1.0
+NONE_REFUSED: Mapping[WorkerLink, QwireError] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +73,48 @@ class Fleet:
         """Raises QwireError RESOURCE_EXHAUSTED where every ready worker of a model has all that it takes."""
         links = self._ready(model)
         if links and all(link.full for link in links):
-            raise QwireError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "every worker of the model has as many requests as it takes",
-                reason=Reason.OVERLOADED,
-                retry_after=FULL_RETRY_SECONDS,
-            )
+            raise _all_full()
 
-    async def place(self, model: str, prompt_ids: Sequence[int], scope: bytes, *, bypass: bool = False) -> Place:
+    async def place(
+        self,
+        model: str,
+        prompt_ids: Sequence[int],
+        scope: bytes,
+        *,
+        bypass: bool = False,
+        numerics_id: str = "",
+        moved: bool = False,
+        refused: Mapping[WorkerLink, QwireError] = NONE_REFUSED,
+    ) -> Place:
         """Chooses a ready worker of a model, after a bounded wait for one. Nothing may be awaited between this and the
         submit, or others choose without knowing of it.
 
         Args:
+            prompt_ids: what is to be computed, ids generated before included.
             scope: whose requests share cached blocks.
             bypass: the request leaves the prefix cache alone.
+            numerics_id: what the worker's must be; empty for any.
+            moved: the request had a place before, which a full worker gives it too.
+            refused: workers that have refused it, and how.
 
         Raises:
-            QwireError: UNAVAILABLE where none gets ready, RESOURCE_EXHAUSTED where all are full.
+            QwireError: UNAVAILABLE where none gets ready, RESOURCE_EXHAUSTED where all are full, or what the last of
+                those said that refused it where there are no others.
         """
-        await self._until_ready(lambda link: _serves(link, model))
-        self.refuse_if_full(model)
+
+        def wanted(link: WorkerLink) -> bool:
+            return _serves(link, model) and (not numerics_id or _numerics(link) == numerics_id)
+
+        await self._until_ready(wanted, equivalent=bool(numerics_id))
+        if refused and all(link in refused for link in self.links if link.ready and wanted(link)):
+            raise list(refused.values())[-1]
+        if not moved:
+            self.refuse_if_full(model)
         chains: dict[tuple[bytes, str, int], list[bytes]] = {}
         candidates = {}
         for index, link in enumerate(self.links):
             info = link.info
-            if info is None or not link.ready or link.full or not _serves(link, model):
+            if info is None or not link.ready or (link.full and not moved) or not wanted(link) or link in refused:
                 continue
             cached = 0
             if not bypass and len(link.cache):
@@ -104,6 +123,8 @@ class Fleet:
                     chains[profile] = _usable_hashes(prompt_ids, info, scope)
                 cached = link.cache.leading(chains[profile]) * info.block_size
             candidates[index] = Candidate(index, link.streams, link.pending_tokens, info.max_running, cached)
+        if not candidates:  # those that are not full have refused it, or differ
+            raise _all_full()
         policy = self._policies.setdefault(model, self._policy())
         chosen = policy.choose(list(candidates.values()), len(prompt_ids))
         link = self.links[chosen.index]
@@ -114,13 +135,16 @@ class Fleet:
     def _ready(self, model: str) -> list[WorkerLink]:
         return [link for link in self.links if link.ready and _serves(link, model)]
 
-    async def _until_ready(self, wanted: Callable[[WorkerLink], bool]) -> None:
+    async def _until_ready(self, wanted: Callable[[WorkerLink], bool], *, equivalent: bool = False) -> None:
         deadline = time.monotonic() + self._worker_wait
         while not any(link.ready and wanted(link) for link in self.links):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise QwireError(
-                    grpc.StatusCode.UNAVAILABLE, "no worker is ready", reason=Reason.NO_WORKER, retry_after=1.0
+                    grpc.StatusCode.UNAVAILABLE,
+                    "no worker is ready that gives the same tokens" if equivalent else "no worker is ready",
+                    reason=Reason.NO_EQUIVALENT_WORKER if equivalent else Reason.NO_WORKER,
+                    retry_after=1.0,
                 )
             waits = [asyncio.create_task(link.changed.wait()) for link in self.links]
             try:
@@ -132,6 +156,19 @@ class Fleet:
     @property
     def any_ready(self) -> bool:
         return any(link.ready for link in self.links)
+
+
+def _all_full() -> QwireError:
+    return QwireError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "every worker of the model has as many requests as it takes",
+        reason=Reason.OVERLOADED,
+        retry_after=FULL_RETRY_SECONDS,
+    )
+
+
+def _numerics(link: WorkerLink) -> str:
+    return link.info.model.numerics_id if link.info is not None else ""
 
 
 def _serves(link: WorkerLink, model: str) -> bool:

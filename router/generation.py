@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -14,18 +17,28 @@ import grpc
 from qwire.errors import QwireError
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
-from qwire.v1 import generation_pb2_grpc, models_pb2, tokenizer_pb2, worker_pb2
+from qwire.v1 import generation_pb2_grpc, models_pb2, resume_pb2, tokenizer_pb2, worker_pb2
+from router import resume
 from router.choice import OutputSpec
 from router.config import RouterConfig
-from router.fleet import Fleet, Place, prefix_root
+from router.dispatch import Dispatch, Work
+from router.fleet import Fleet
 from router.journal import Journal
 from router.live_requests import LiveRequests
 from router.tokenizer_link import TokenizerLink, relay
-from router.validation import check, check_prompt, resolve
+from router.validation import Violations, check, check_prompt, resolve
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 PREVIOUS_ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt's ids, and what the template's clock showed if one made them."""
+
+    ids: list[int]
+    template_time: int | None = None
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -46,6 +59,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         return self._stream(request, context)
 
     async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> pb.GenerateOnceResponse:
+        if request.request.HasField("resume"):
+            found = Violations()
+            found.add("request.resume", "goes on with a stream; a call that answers once is sent again whole")
+            found.raise_if_any()
         answer = pb.GenerateOnceResponse()
         try:
             async with aclosing(self._stream(request.request, context)) as messages:
@@ -62,37 +79,67 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         raise not_in_this_release("Score")
 
     async def _stream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
-        arrival = time.monotonic()
+        arrival, remaining = time.monotonic(), context.time_remaining()
         check(request, self._config)
+        resumed = None
+        if request.HasField("resume"):
+            resumed = resume.read(self._config.fleet_secret, request.resume.token)
+            request = resume.filled(request, resumed)
         request_id = request.request_id if request.HasField("request_id") else None
-        async with self._live.admit(request_id, again=_was_sent_before(context)) as live:
+        again = resumed is not None or _was_sent_before(context)
+        async with self._live.admit(request_id, again=again) as live:
             model = await self._fleet.find_model(request.model)
             self._fleet.refuse_if_full(model.name)  # before anything is computed for it
-            prompt_ids = await self._prompt_ids(request)
-            check_prompt(request, prompt_ids, model, self._config)
-            sampling, stop = resolve(request, len(prompt_ids), model, self._config)
+            prompt = await self._prompt(request, resumed)
+            check_prompt(request, prompt.ids, model, self._config)
+            sampling, stop = resolve(request, len(prompt.ids), model, self._config)
+            parameters = resume.digest(sampling, stop, request.output, model.eos_token_ids)
+            if resumed is not None:
+                resume.check_same(resumed, prompt.ids, parameters)
+                resume.check_choices(request.resume.choices, sampling, stop, model.vocab_size)
             spec = OutputSpec(
                 stop=stop,
                 want_text=not request.output.HasField("text") or request.output.text,
                 want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
                 max_pending_tokens=self._config.max_pending_tokens,
             )
-            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt_ids), arrival, time.monotonic)
+            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic)
             live.attach(journal)
-            bad_words = await self._bad_words(request)
-            scope = self._scope(request)
-            place = await self._fleet.place(model.name, prompt_ids, scope, bypass=request.prefix_cache.bypass)
+            params = resolved_params(sampling, stop, request.output, await self._bad_words(request), model)
+            if resumed is not None:
+                held = request.resume.choices
+                journal.resume(held, [resume.end_of(choice.token_ids, params) for choice in held])
+            work = Work(
+                model=model.name,
+                prompt_ids=prompt.ids,
+                params=params,
+                scope=self._scope(request),
+                bypass=request.prefix_cache.bypass,
+                best_effort=request.continuity == pb.CONTINUITY_BEST_EFFORT,
+                arrival=arrival,
+                deadline=math.inf if remaining is None else arrival + remaining,
+                numerics_id=resumed.numerics_id if resumed is not None else "",
+            )
             live.check()
-            params = resolved_params(sampling, stop, request.output, bad_words, place.worker.model)
-            submit = self._submit(request, prompt_ids, sampling.n, params, place.worker, scope, context)
-            async with self._placed(journal, place, submit, detokenized=spec.detokenized):
-                await journal.admitted
+            dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves)
+            async with self._running(journal, dispatch, detokenized=spec.detokenized):
+                if journal.needs_worker:
+                    await journal.admitted
                 accepted = pb.Accepted(
                     request_id=live.request_id,
                     sampling=sampling,
                     stop=stop,
-                    prompt_tokens=len(prompt_ids),
-                    numerics_id=place.worker.model.numerics_id,
+                    prompt_tokens=len(prompt.ids),
+                    numerics_id=dispatch.numerics_id,
+                    resume_token=resume.issue(
+                        self._config.fleet_secret,
+                        numerics_id=dispatch.numerics_id,
+                        prompt_ids=prompt.ids,
+                        parameters=parameters,
+                        sampling=sampling,
+                        max_tokens=stop.max_tokens,
+                        template_time=prompt.template_time,
+                    ),
                 )
                 yield pb.GenerateResponse(accepted=accepted)
                 while not journal.finished:
@@ -100,32 +147,32 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                         yield message
 
     @asynccontextmanager
-    async def _placed(
-        self, journal: Journal, place: Place, submit: worker_pb2.Submit, *, detokenized: bool
-    ) -> AsyncIterator[None]:
-        """Places a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
+    async def _running(self, journal: Journal, dispatch: Dispatch, *, detokenized: bool) -> AsyncIterator[None]:
+        """Runs a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
         if detokenized:
             self._tokenizer.open(journal)
+        running = asyncio.create_task(dispatch.run())
         try:
-            attempt = place.link.submit(journal, submit, place.uncached_tokens)
-            try:
-                yield
-            finally:
-                place.link.release(attempt, finished=journal.ended_at_worker)
+            yield
         finally:
+            running.cancel()
+            dispatch.release()
             self._tokenizer.release(journal)
 
-    async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+    async def _prompt(self, request: pb.GenerateRequest, resumed: resume_pb2.ResumeState | None) -> _Prompt:
         match request.WhichOneof("input"):
             case "token_ids":
-                return list(request.token_ids.ids)
+                return _Prompt(list(request.token_ids.ids))
             case "text":
                 encode = tokenizer_pb2.EncodeRequest(model=request.model, texts=[request.text])
                 encoded = await relay(self._tokenizer.stub.Encode(encode))
-                return list(encoded.encodings[0].ids)
+                return _Prompt(list(encoded.encodings[0].ids))
             case _:
                 render = tokenizer_pb2.RenderChatRequest(model=request.model, chat=request.chat)
-                return list((await relay(self._tokenizer.stub.RenderChat(render))).token_ids)
+                if resumed is not None and resumed.HasField("template_time"):
+                    render.template_time = resumed.template_time
+                rendered = await relay(self._tokenizer.stub.RenderChat(render))
+                return _Prompt(list(rendered.token_ids), rendered.template_time)
 
     async def _bad_words(self, request: pb.GenerateRequest) -> list[list[int]]:
         """The ids of each bad word, as a word by itself and behind a space."""
@@ -148,26 +195,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Whose cached blocks the request may share."""
         message = b"\0" + request.prefix_cache.scope.encode()
         return hmac.digest(self._config.fleet_secret.encode(), message, hashlib.sha256)[:16]
-
-    def _submit(
-        self,
-        request: pb.GenerateRequest,
-        prompt_ids: list[int],
-        choices: int,
-        params: worker_pb2.ResolvedParams,
-        worker: worker_pb2.WorkerInfo,
-        scope: bytes,
-        context: Context,
-    ) -> worker_pb2.Submit:
-        remaining = context.time_remaining()
-        return worker_pb2.Submit(
-            prompt_ids=prompt_ids,
-            choices=[worker_pb2.SubmitChoice() for _ in range(choices)],
-            params=params,
-            remaining_ms=None if remaining is None else max(0, round(remaining * 1000)),
-            prefix_root=prefix_root(worker, scope),
-            bypass_prefix_cache=request.prefix_cache.bypass,
-        )
 
 
 def _was_sent_before(context: Context) -> bool:

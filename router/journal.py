@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,8 +15,26 @@ from qwire.v1 import tokenizer_pb2, worker_pb2
 from router.choice import Choice, IndexGap, OutputSpec
 
 
+class Why(Enum):
+    """Why an attempt at a request came to nothing."""
+
+    REFUSED = "the worker didn't take it"
+    LOST = "the worker is gone"
+    FAULT = "a step in which it was has failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The end of an attempt that another may follow; `error` is what the client hears if none does."""
+
+    why: Why
+    error: QwireError
+
+
 class Journal:
-    """State of one stream. Lives on the event loop; nothing here waits except `next_messages` and `admitted`.
+    """State of one stream. Lives on the event loop; nothing here waits except `next_messages`, `admitted` and `lost`.
+
+    It knows attempts only as what an attempt brings: who makes them, and makes another, is `router.dispatch`.
 
     Args:
         sequences: one a choice, what names it to the detokenizer.
@@ -34,7 +54,17 @@ class Journal:
         self._arrival = arrival
         self._clock = clock
         self._submitted = 0.0
-        self._start = worker_pb2.SequenceStart()
+        self.lost: asyncio.Future[Lost]
+        """Of the attempt that was submitted last."""
+        self.yielded = False
+        """Whether that attempt has brought ids."""
+        self.moves = 0
+        self.exact = True
+        self._recomputed = 0
+        self._start: worker_pb2.SequenceStart | None = None
+        """Of the first attempt that got so far."""
+        self._replayed = 0
+        """Ids that were generated before the attempt."""
         self._unfinished = set(range(len(sequences)))
         """Choices whose Finished isn't taken yet."""
         self._error: QwireError | None = None
@@ -43,8 +73,18 @@ class Journal:
     # From the worker link.
 
     def submitted(self, worker: str) -> None:
+        """An attempt begins: whatever came before is over."""
         self.worker = worker
-        self._submitted = self._clock()
+        self.yielded = False
+        self.lost = asyncio.get_running_loop().create_future()
+        self._replayed = sum(len(choice.ids) for choice in self.choices if choice.needs_worker)
+        if self.moves == 0:
+            self._submitted = self._clock()
+
+    def lose(self, lost: Lost) -> None:
+        """The attempt is over, and the stream isn't."""
+        if not self.lost.done():
+            self.lost.set_result(lost)
 
     def receive(self, step: worker_pb2.SequenceStep) -> list[tokenizer_pb2.DetokenizeRequest]:
         """Takes in new ids; returns what the detokenizer is to be told. Raises IndexGap."""
@@ -56,8 +96,9 @@ class Journal:
         if choice.complete or self._error is not None:
             return []
         if step.HasField("start"):
-            self._start.CopyFrom(step.start)
+            self._take_start(step.start)
         requests = choice.receive(step, self._clock())
+        self.yielded = True
         self._changed.set()
         return requests
 
@@ -107,6 +148,27 @@ class Journal:
         return not self._unfinished
 
     @property
+    def needs_worker(self) -> bool:
+        """Whether more ids are wanted of any choice."""
+        return self._error is None and any(choice.needs_worker for choice in self.choices)
+
+    def resume(self, held: Sequence[pb.ResumeChoice], ends: Sequence[worker_pb2.EndReason.ValueType]) -> None:
+        """Goes on where a client stands; see `Choice.resume`. Before anything else is done with the journal."""
+        for choice, has, end in zip(self.choices, held, ends, strict=True):
+            choice.resume(has, end)
+            if has.finished:
+                self._unfinished.discard(choice.index)
+
+    def submit_choices(self) -> list[worker_pb2.SubmitChoice]:
+        """Where each choice stands, for the next attempt to go on from."""
+        return [
+            worker_pb2.SubmitChoice(generated_ids=choice.ids)
+            if choice.needs_worker
+            else worker_pb2.SubmitChoice(ended=True)
+            for choice in self.choices
+        ]
+
+    @property
     def ended_at_worker(self) -> bool:
         """Whether the worker is done with all of it by itself."""
         return all(choice.ended_at_worker for choice in self.choices)
@@ -128,17 +190,27 @@ class Journal:
     def _finished(self, choice: Choice) -> pb.Finished:
         finished = choice.finished()
         finished.usage.prompt_tokens = self._prompt_tokens
-        finished.usage.cached_tokens = self._start.cached_tokens
+        start = self._start or worker_pb2.SequenceStart()
+        finished.usage.cached_tokens = start.cached_tokens
         finished.timing.CopyFrom(
             pb.Timing(
-                queue=_seconds(self._submitted - self._arrival + _in_seconds(self._start.queue)),
-                prefill=self._start.prefill,
+                queue=_seconds(self._submitted - self._arrival + _in_seconds(start.queue)),
+                prefill=start.prefill,
                 first_token=_seconds(choice.first_token - self._arrival),
                 decode=_seconds(choice.last_token - choice.first_token),
             )
         )
-        finished.placement.CopyFrom(pb.Placement(worker=self.worker, exact=True))
+        finished.placement.CopyFrom(
+            pb.Placement(worker=self.worker, moves=self.moves, recomputed_tokens=self._recomputed, exact=self.exact)
+        )
         return finished
+
+    def _take_start(self, start: worker_pb2.SequenceStart) -> None:
+        self._recomputed += self._replayed
+        if self._start is None:
+            self._start = start
+        else:
+            self._recomputed += self._prompt_tokens - start.cached_tokens
 
 
 def _seconds(seconds: float) -> Duration:

@@ -83,7 +83,7 @@ def check(request: pb.GenerateRequest, config: RouterConfig) -> None:
     _check_sampling(request.sampling, config, found)
     _check_stop(request.stop, config, found)
     _check_output(request.output, config, found)
-    for name in ("constraint", "priority", "adapter", "resume"):
+    for name in ("constraint", "priority", "adapter"):
         if request.HasField(name):
             found.not_yet(name)
     if request.continuity not in pb.Continuity.values():

@@ -1,7 +1,8 @@
 """A router's link to one worker: a `Serve` stream that is opened again whenever it ends.
 
 The link knows attempts, not requests: it hands each frame to the journal that its attempt belongs to, and forgets an
-attempt once told to. Frames of attempts that it doesn't know are dropped, which is what fences off the past.
+attempt once told to, or once it is over. Frames of attempts that it doesn't know are dropped, and a call that was given
+up is never read again, which is what fences off the past.
 """
 
 from __future__ import annotations
@@ -20,22 +21,32 @@ from qwire.v1 import tokenizer_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
 from router.cache_index import CacheIndex
 from router.choice import IndexGap
-from router.journal import Journal
+from router.journal import Journal, Lost, Why
 
 log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 OUTBOX_FRAMES = 4096
 """Frames that may wait for the worker before submits are refused."""
+SILENCE_LOOK_SECONDS = 0.25
+SILENT_LOOKS = 8
+"""A worker of which nothing was heard over so many looks is lost: its heartbeats are half a second apart. Looks are
+counted rather than seconds, for a router that was stopped itself has not read yet what came meanwhile."""
+UNWELCOMED_LOOKS = 20
+"""The same until its Welcome: connecting takes longer."""
 RECONNECT_SECONDS = (0.05, 1.0)
 """The shortest and the longest pause before a link is tried again."""
 RECONNECT_SHARE = 0.1
 """Within those, the pause as a part of how long the link has been down: what it adds to that at most."""
 WORKER_REFUSED_RETRY_SECONDS = 1.0
+LOST_RETRY_SECONDS = 1.0
 
 
 class WorkerLink:
     """The link to the worker at `target`. `run` keeps it up; `ready` says whether requests can be placed."""
+
+    _attempts = itertools.count(1)
+    """Of all links: with the router's id a number names one attempt for ever."""
 
     def __init__(
         self, target: str, router_id: str, detokenize: Callable[[list[tokenizer_pb2.DetokenizeRequest]], None]
@@ -50,12 +61,12 @@ class WorkerLink:
         self.changed = asyncio.Event()
         """Set, and replaced, whenever `ready` changes."""
         self._down_since = time.monotonic()
+        self._silent_looks = 0
         self._router_id = router_id
         self._detokenize = detokenize
         self._journals: dict[int, Journal] = {}
         self._uncomputed: dict[int, int] = {}
         """Prompt tokens of those attempts that haven't got their first token."""
-        self._attempts = itertools.count(1)
         # Not bounded by itself, so that an abort is never lost: there is one at most for each submit, and those are.
         self._outbox: asyncio.Queue[pb.ServeRequest | None] = asyncio.Queue()
 
@@ -78,7 +89,11 @@ class WorkerLink:
         """Links, and links again, until cancelled."""
         failures = 0
         while True:
-            options = [*LINK_OPTIONS, ("grpc.max_receive_message_length", MAX_FRAME_BYTES)]
+            options = [
+                *LINK_OPTIONS,
+                ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+                ("grpc.use_local_subchannel_pool", 1),  # or a new channel may wait for an old one's connection
+            ]
             async with grpc.aio.insecure_channel(self.target, options=options) as channel:
                 stub = worker_pb2_grpc.WorkerServiceStub(channel)
                 watch = asyncio.create_task(self.cache.follow(stub))
@@ -87,6 +102,9 @@ class WorkerLink:
                 except grpc.aio.AioRpcError as error:
                     if self.ready or failures == 0:
                         log.warning("link to %s ended: %s", self.target, error.code().name)
+                except TimeoutError:
+                    if self.ready or failures == 0:
+                        log.warning("nothing is heard of the worker at %s: it is given up", self.target)
                 except IndexGap as error:
                     log.error("link to %s broken by the worker: %s", self.target, error)
                 finally:
@@ -137,11 +155,29 @@ class WorkerLink:
 
     async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         outbox = self._outbox = asyncio.Queue()
+        call = stub.Serve(self._frames(outbox))
+        self._silent_looks = 0
         try:
-            async for frame in stub.Serve(self._frames(outbox)):
-                self._take(frame)
+            async with asyncio.timeout(None) as scope:
+                watch = asyncio.create_task(self._watch(scope))
+                try:
+                    async for frame in call:
+                        self._silent_looks = 0
+                        self._take(frame)
+                finally:
+                    watch.cancel()
         finally:
+            call.cancel()
             outbox.put_nowait(None)
+
+    async def _watch(self, scope: asyncio.Timeout) -> None:
+        """Ends the scope once the worker is silent."""
+        while True:
+            await asyncio.sleep(SILENCE_LOOK_SECONDS)
+            self._silent_looks += 1
+            if self._silent_looks >= (SILENT_LOOKS if self.ready else UNWELCOMED_LOOKS):
+                scope.reschedule(asyncio.get_running_loop().time())
+                return
 
     async def _frames(self, outbox: asyncio.Queue[pb.ServeRequest | None]) -> AsyncIterator[pb.ServeRequest]:
         yield pb.ServeRequest(hello=pb.Hello(router_id=self._router_id))
@@ -154,6 +190,8 @@ class WorkerLink:
                 self._take_step(frame.step)
             case "heartbeat":
                 self.load = frame.heartbeat.load
+                if frame.heartbeat.draining:
+                    self._set_ready(False)  # what runs there goes on
             case "welcome":
                 self.info = frame.welcome.info
                 log.info("linked to worker %s at %s: %s", self.info.worker_id, self.target, self.info.model.name)
@@ -163,9 +201,9 @@ class WorkerLink:
                     journal.admitted.set_result(None)
             case "refused":
                 if frame.refused.reason == pb.REFUSED_REASON_DRAINING:
-                    self._set_ready(False)  # what runs there goes on; what is new waits until it is linked again
+                    self._set_ready(False)
                 if journal := self._forget(frame.refused.attempt):
-                    journal.fail(_refusal(frame.refused))
+                    journal.lose(Lost(Why.REFUSED, _refusal(frame.refused)))
             case "failed":
                 if journal := self._forget(frame.failed.attempt):
                     journal.fail(
@@ -173,7 +211,7 @@ class WorkerLink:
                     )
             case "fault":
                 log.error("worker at %s failed in a step of %d requests", self.target, len(frame.fault.attempts))
-                self._set_ready(False)
+                self._lose(frozenset(frame.fault.attempts))
             case unknown:
                 log.error("worker at %s sent a frame of no known kind: %s", self.target, unknown)
 
@@ -187,13 +225,17 @@ class WorkerLink:
         if requests:
             self._detokenize(requests)
 
-    def _lose(self) -> None:
-        """Fails what was placed here."""
+    def _lose(self, suspects: frozenset[int] = frozenset()) -> None:
+        """Gives up what was placed here.
+
+        Args:
+            suspects: attempts of which one may be what made the worker fail.
+        """
         self._set_ready(False)
         journals, self._journals = self._journals, {}
         self._uncomputed.clear()
-        for journal in journals.values():
-            journal.fail(worker_lost())
+        for attempt, journal in journals.items():
+            journal.lose(Lost(Why.FAULT if attempt in suspects else Why.LOST, worker_lost()))
 
     def _set_ready(self, ready: bool) -> None:
         if ready != self.ready:
@@ -205,7 +247,12 @@ class WorkerLink:
 
 
 def worker_lost() -> QwireError:
-    return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker that ran the request is gone", reason=Reason.WORKER_LOST)
+    return QwireError(
+        grpc.StatusCode.UNAVAILABLE,
+        "the worker that ran the request is gone",
+        reason=Reason.WORKER_LOST,
+        retry_after=LOST_RETRY_SECONDS,
+    )
 
 
 def _refusal(refused: pb.Refused) -> QwireError:
@@ -219,7 +266,12 @@ def _refusal(refused: pb.Refused) -> QwireError:
                 retry_after=delay or WORKER_REFUSED_RETRY_SECONDS,
             )
         case pb.REFUSED_REASON_DRAINING:
-            return QwireError(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down", reason=Reason.DRAINING)
+            return QwireError(
+                grpc.StatusCode.UNAVAILABLE,
+                "the worker is shutting down",
+                reason=Reason.DRAINING,
+                retry_after=WORKER_REFUSED_RETRY_SECONDS,
+            )
         case pb.REFUSED_REASON_TOO_LARGE:
             return QwireError(
                 grpc.StatusCode.INVALID_ARGUMENT,

@@ -149,7 +149,12 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
         fault=face.fault,
     )
     face.attach(engine)
-    server = Server(Listener(config.listen, config.insecure_bind), max_message_bytes=MAX_SUBMIT_BYTES, announce=False)
+    server = Server(
+        Listener(config.listen, config.insecure_bind),
+        max_message_bytes=MAX_SUBMIT_BYTES,
+        announce=False,
+        options=[("grpc.keepalive_time_ms", 1_000)],  # what a router has here goes when its machine does
+    )
     server.add(
         worker_pb2_grpc.add_WorkerServiceServicer_to_server,
         face,
@@ -161,6 +166,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
     engine.start()
     await server.set_serving(True)
+    watching = asyncio.create_task(face.watch_steps())
     stopping = asyncio.create_task(until_signal())
     faulted = asyncio.create_task(face.faulted.wait())
     losing = asyncio.create_task(lost.wait())
@@ -175,6 +181,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
         log.info("draining")
         await face.drain(config.grace)
     faulted.cancel()
+    watching.cancel()
     if face.faulted.is_set():
         await face.end_links(FAULT_FLUSH_SECONDS)
         await server.stop(grace=0.1)

@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 HEARTBEAT_SECONDS = 0.5
+WEDGE_SECONDS = 10.0
+WEDGE_FACTOR = 10.0
+LONGEST_STEP_SECONDS = 600.0
+"""A step is stuck once it takes longer than the first, and the second many times what steps before it say it should;
+and at the latest, of an engine's first step too, after the third."""
+WEDGE_LOOK_SECONDS = 0.5
 LAST_FRAMES_SECONDS = 1.0
 """For routers to read what is in their outboxes when the worker stops."""
 
@@ -95,9 +101,28 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             self._engine.abort([(link.number, attempt) for attempt in sorted(link.live)])
             log.info("link of router %s ended, %d attempts aborted", link.router_id, len(link.live))
 
+    async def watch_steps(self) -> None:
+        """Ends the worker as a step that raises does, once one takes far longer than it should; until cancelled.
+
+        Looks are counted rather than seconds, for a process that was stopped and woken finds its clock ahead.
+        """
+        step, looks = -1, 0
+        while True:
+            await asyncio.sleep(WEDGE_LOOK_SECONDS)
+            executing, steps = self._engine.executing(), self._engine.steps
+            looks = looks + 1 if executing and steps == step else 0
+            step = steps
+            limit = max(WEDGE_SECONDS, WEDGE_FACTOR * self._engine.predicted_seconds())
+            if looks * WEDGE_LOOK_SECONDS > min(limit, LONGEST_STEP_SECONDS):
+                log.critical("step %d is stuck: the process ends", steps + 1)
+                self._on_fault(executing)
+                return
+
     async def drain(self, grace: float) -> None:
         """Refuses new work, waits up to `grace` seconds for what runs, then ends all links. A fault ends it early."""
         self._draining = True
+        for link in self._links.values():
+            self._send_heartbeat(link)  # so that routers pick others from now on
         deadline = time.monotonic() + grace
 
         def busy() -> bool:
@@ -147,13 +172,17 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
     async def _beat(self, link: Link) -> None:
         while True:
-            heartbeat = pb.Heartbeat(
-                step_number=self._engine.steps,
-                ms_in_step=round(self._engine.seconds_in_step() * 1000),
-                load=load_frame(self._engine.load, link.submits_seen),
-            )
-            link.send(pb.ServeResponse(heartbeat=heartbeat))
+            self._send_heartbeat(link)
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _send_heartbeat(self, link: Link) -> None:
+        heartbeat = pb.Heartbeat(
+            step_number=self._engine.steps,
+            ms_in_step=round(self._engine.seconds_in_step() * 1000),
+            load=load_frame(self._engine.load, link.submits_seen),
+            draining=self._draining,
+        )
+        link.send(pb.ServeResponse(heartbeat=heartbeat))
 
     def _submit(self, link: Link, submit: pb.Submit) -> None:
         link.submits_seen += 1
@@ -172,7 +201,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             except NeverFits:
                 reason = pb.REFUSED_REASON_TOO_LARGE
         if reason is None:
-            link.live[submit.attempt] = set(range(len(submit.choices)))
+            link.live[submit.attempt] = {index for index, choice in enumerate(submit.choices) if not choice.ended}
             link.send(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
             return
         refused = pb.Refused(attempt=submit.attempt, reason=reason)

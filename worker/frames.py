@@ -27,11 +27,12 @@ END_REASONS = {
 def valid(submit: pb.Submit, vocab_size: int) -> bool:
     """Whether a submit is in the ranges that routers hold their requests to. Others could fail a whole step."""
     params = submit.params
-    generated = [choice.generated_ids for choice in submit.choices]
-    return (
+    generated = [choice.generated_ids for choice in submit.choices if not choice.ended]
+    return bool(
         len(submit.prompt_ids) > 0
         and max(submit.prompt_ids) < vocab_size
-        and 1 <= len(generated) <= MAX_CHOICES
+        and generated
+        and len(submit.choices) <= MAX_CHOICES
         and all(len(ids) < params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
         and params.max_tokens >= 1
         and (submit.bypass_prefix_cache or len(submit.prefix_root) == HASH_BYTES)
@@ -61,6 +62,10 @@ def engine_request(submit: pb.Submit, key: Hashable) -> Request:
         prefix_root=submit.prefix_root,
         use_prefix_cache=not submit.bypass_prefix_cache,
         deadline=time.monotonic() + submit.remaining_ms / 1000 if submit.HasField("remaining_ms") else math.inf,
+        ended=frozenset(index for index, choice in enumerate(submit.choices) if choice.ended),
+        waited=submit.waited_ms / 1000,
+        moved=submit.moved,
+        suspect=submit.suspect,
     )
 
 

@@ -42,9 +42,14 @@ def _all(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _F
 
 def address_option(function: _Function) -> _Function:
     """--address"""
-    return click.option("--address", default=DEFAULT_ADDRESS, metavar="TARGET", help="gRPC target of the router.")(
-        function
-    )
+    return click.option(
+        "--address",
+        default=[DEFAULT_ADDRESS],
+        multiple=True,
+        show_default=True,
+        metavar="TARGET",
+        help="gRPC target of the router; repeatable, for several routers of which one may be gone.",
+    )(function)
 
 
 def model_option(function: _Function) -> _Function:

@@ -21,7 +21,7 @@ _HELP = "/exit or Ctrl-D leaves, /reset forgets the conversation, Ctrl-C stops a
 @_options.model_option
 @click.option("--system", metavar="TEXT", help="Instructions for the whole conversation.")
 @_options.sampling_options
-def chat(address: str, model: str | None, system: str | None, **options: Any) -> None:
+def chat(address: tuple[str, ...], model: str | None, system: str | None, **options: Any) -> None:
     """Talks with a model, turn by turn."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # Gives input() a history and line editing.

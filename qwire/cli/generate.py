@@ -27,9 +27,16 @@ from qwire.client import Client, Generation
 @click.option("--priority", type=int, help="Higher is served first.")
 @click.option("--bypass", is_flag=True, default=None, help="Don't use the prefix cache.")
 @click.option("--scope", metavar="TEXT", help="Share cached prefixes only within this scope.")
+@click.option(
+    "--continuity",
+    type=click.Choice(["exact", "best-effort"]),
+    help="What to do when the worker is lost and none gives exactly the same tokens: end, or go on.",
+)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print each message of the stream as a line of JSON.")
-def generate(address: str, timeout: float | None, as_json: bool, messages: TextIO | None, **options: Any) -> None:
+def generate(
+    address: tuple[str, ...], timeout: float | None, as_json: bool, messages: TextIO | None, **options: Any
+) -> None:
     """Generates from a prompt and prints the text as it comes.
 
     Exactly one of --prompt, --chat, --messages and --token-ids is needed.

@@ -13,7 +13,7 @@ from qwire.client import Client
 @_options.address_option
 @click.option("--timeout", type=float, default=10.0, metavar="SECONDS", help="Give up after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print each model as a line of JSON.")
-def models(address: str, timeout: float, as_json: bool) -> None:
+def models(address: tuple[str, ...], timeout: float, as_json: bool) -> None:
     """Lists the served models."""
     with reported_errors(as_json=as_json), Client(address) as client:
         for model in client.models(timeout=timeout):

@@ -12,6 +12,10 @@ The shape of a Generate stream:
   3. One Finished for every choice.
   4. Status OK. Any other status ends the stream early; what was delivered before it is valid.
 
+A stream whose worker is lost goes on at another one, and the reader sees nothing but a pause. A stream that is cut
+(UNAVAILABLE, or a reader that was too slow) is gone on with by the same request with `resume`, at any router of the
+fleet: the two streams together are what one would have been.
+
 Errors carry google.rpc details: BadRequest names every offending field with its limit and value, ErrorInfo (domain
 "qwire") carries a stable reason, RetryInfo a delay where trying again makes sense.
 
@@ -46,7 +50,9 @@ class _ContinuityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Continuity
     CONTINUITY_EXACT: _Continuity.ValueType  # 1
     """End the stream UNAVAILABLE rather than go on with other numerics."""
     CONTINUITY_BEST_EFFORT: _Continuity.ValueType  # 2
-    """Go on from the delivered tokens wherever possible."""
+    """Go on from the delivered tokens on other numerics too, where no worker with the same is there in time; what comes
+    is then not what an unbroken run would have given, and Placement.exact is false.
+    """
 
 class Continuity(_Continuity, metaclass=_ContinuityEnumTypeWrapper): ...
 
@@ -54,7 +60,9 @@ CONTINUITY_UNSPECIFIED: Continuity.ValueType  # 0
 CONTINUITY_EXACT: Continuity.ValueType  # 1
 """End the stream UNAVAILABLE rather than go on with other numerics."""
 CONTINUITY_BEST_EFFORT: Continuity.ValueType  # 2
-"""Go on from the delivered tokens wherever possible."""
+"""Go on from the delivered tokens on other numerics too, where no worker with the same is there in time; what comes
+is then not what an unbroken run would have given, and Placement.exact is false.
+"""
 Global___Continuity: _TypeAlias = Continuity  # noqa: Y015
 
 class _FinishReason:
@@ -112,9 +120,9 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """The served model's name; empty works where one model is served. NOT_FOUND when it isn't served."""
     request_id: _builtins.str
-    """Names the request in logs and errors; unique among the caller's live requests, but for a call that gRPC's own
-    retries send again: it ends the first one ABORTED and goes on in its place. At most 128 printable ASCII characters;
-    unset means that the server makes one up.
+    """Names the request in logs and errors; unique among the caller's live requests, but for a call with `resume` and one
+    that gRPC's own retries send again: these end the first one ABORTED and go on in its place. At most 128 printable
+    ASCII characters; unset means that the server makes one up.
     """
     text: _builtins.str
     """The whole prompt as text. Markers such as "<|im_start|>" are read as special tokens, so never put text from
@@ -148,7 +156,7 @@ class GenerateRequest(_message.Message):
     def prefix_cache(self) -> Global___PrefixCacheOptions: ...
     @_builtins.property
     def resume(self) -> Global___Resume:
-        """Goes on with a stream that was cut. Not in this release: INVALID_ARGUMENT."""
+        """Goes on with a stream that was cut. Everything else in the request is as it was the first time; Generate only."""
 
     def __init__(
         self,
@@ -552,7 +560,10 @@ Global___PrefixCacheOptions: _TypeAlias = PrefixCacheOptions  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """Where a cut stream left off."""
+    """Where a cut stream left off. The stream begins with Accepted again, which says what it said the first time; then it
+    goes on where the choices stand. FAILED_PRECONDITION, RESUME_MISMATCH where the token isn't of this fleet, or where
+    prompt or parameters are not what they were.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,9 +601,13 @@ class ResumeChoice(_message.Message):
     text_bytes: _builtins.int
     """UTF-8 bytes of text that were delivered."""
     finished: _builtins.bool
-    """Its Finished was delivered."""
+    """Its Finished was delivered: it gets nothing more."""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All ids delivered. Without them (a stream that carries none) the output is generated again from its beginning, and
+        what the client holds of the text isn't sent again.
+        """
+
     def __init__(
         self,
         *,
@@ -656,7 +671,7 @@ class Accepted(_message.Message):
     numerics_id: _builtins.str
     """Identifies weights and arithmetic: the same request gives the same tokens wherever this is equal."""
     resume_token: _builtins.bytes
-    """Opaque, at most 1 KiB: hand it back in Resume.token. Empty in this release."""
+    """Opaque, at most 1 KiB: hand it back in Resume.token."""
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
         """Every sampling value as resolved, the seed among them."""
@@ -838,9 +853,9 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     """Tokens of the prompt, once whatever the number of choices."""
     cached_tokens: _builtins.int
-    """Prompt tokens found in the prefix cache."""
+    """Prompt tokens found in the prefix cache when this call was first placed."""
     generated_tokens: _builtins.int
-    """Ids of this choice."""
+    """Ids of this choice, those before moves and resumes included."""
     reasoning_tokens: _builtins.int
     """Ids of this choice within thinking sections. Not counted in this release: 0."""
     def __init__(
@@ -914,9 +929,9 @@ class Placement(_message.Message):
     worker: _builtins.str
     """The worker that finished it."""
     moves: _builtins.int
-    """How often the stream moved to another worker."""
+    """How often this call moved to another worker, or came back to one that had been lost."""
     recomputed_tokens: _builtins.int
-    """Tokens computed again because of moves."""
+    """Tokens computed again because of moves and of this call's resume, as far as workers said what they found cached."""
     exact: _builtins.bool
     """Whether all of the output is what one unbroken run would have given."""
     def __init__(

@@ -12,6 +12,10 @@ The shape of a Generate stream:
   3. One Finished for every choice.
   4. Status OK. Any other status ends the stream early; what was delivered before it is valid.
 
+A stream whose worker is lost goes on at another one, and the reader sees nothing but a pause. A stream that is cut
+(UNAVAILABLE, or a reader that was too slow) is gone on with by the same request with `resume`, at any router of the
+fleet: the two streams together are what one would have been.
+
 Errors carry google.rpc details: BadRequest names every offending field with its limit and value, ErrorInfo (domain
 "qwire") carries a stable reason, RetryInfo a delay where trying again makes sense.
 

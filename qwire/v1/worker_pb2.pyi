@@ -320,6 +320,9 @@ class Submit(_message.Message):
     REMAINING_MS_FIELD_NUMBER: _builtins.int
     PREFIX_ROOT_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    WAITED_MS_FIELD_NUMBER: _builtins.int
+    SUSPECT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Counts up within a router; with Hello.router_id it names this attempt at a request for ever. A request that moves
     gets a new one, so what an old worker still says can be told apart.
@@ -330,12 +333,18 @@ class Submit(_message.Message):
     """Root of the prompt's block hashes, 16 bytes: model, KV dtype, block size, adapter and tenant scope are in it."""
     bypass_prefix_cache: _builtins.bool
     """Neither read from the prefix cache nor leave anything in it."""
+    moved: _builtins.bool
+    """A worker had it before, and was lost: it keeps the place that it was given there, so a full queue takes it too."""
+    waited_ms: _builtins.int
+    """How long ago the request arrived at the router: requests wait in the order in which they arrived there."""
+    suspect: _builtins.bool
+    """Its worker may have failed because of it. Of such requests a step computes one at most, until it yields a token."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubmitChoice]:
-        """At least one, one a choice. Ids generated before, by other attempts: generation goes on behind them, and penalties, token limits
-        and random positions count them.
+        """At least one, one a choice. Ids generated before, by other attempts: generation goes on behind them, and penalties,
+        token limits and random positions count them.
         """
 
     @_builtins.property
@@ -350,10 +359,13 @@ class Submit(_message.Message):
         remaining_ms: _builtins.int | None = ...,
         prefix_root: _builtins.bytes = ...,
         bypass_prefix_cache: _builtins.bool = ...,
+        moved: _builtins.bool = ...,
+        waited_ms: _builtins.int = ...,
+        suspect: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "params", b"params", "remaining_ms", b"remaining_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "params", b"params", "prefix_root", b"prefix_root", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__remaining_ms: _TypeAlias = _typing.Literal["remaining_ms"]  # noqa: Y015
     _WhichOneofArgType__remaining_ms: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms"]  # noqa: Y015
@@ -366,16 +378,20 @@ class SubmitChoice(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATED_IDS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    ended: _builtins.bool
+    """Nothing more is wanted of the choice, which keeps its index; not all choices of a request are."""
     @_builtins.property
     def generated_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         generated_ids: _abc.Iterable[_builtins.int] | None = ...,
+        ended: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_ids", b"generated_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "generated_ids", b"generated_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,7 +652,7 @@ class SequenceStep(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def start(self) -> Global___SequenceStart:
-        """With the first ids of the attempt's first choice."""
+        """With the first ids of the attempt's first choice that isn't ended."""
 
     @_builtins.property
     def end(self) -> Global___SequenceEnd:
@@ -775,9 +791,12 @@ class Heartbeat(_message.Message):
     STEP_NUMBER_FIELD_NUMBER: _builtins.int
     MS_IN_STEP_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     step_number: _builtins.int
     ms_in_step: _builtins.int
     """How long the current step has been running; 0 between steps."""
+    draining: _builtins.bool
+    """The worker takes nothing new, and ends when what it has is done or its grace is over. Said at once."""
     @_builtins.property
     def load(self) -> Global___Load: ...
     def __init__(
@@ -786,10 +805,11 @@ class Heartbeat(_message.Message):
         step_number: _builtins.int = ...,
         ms_in_step: _builtins.int = ...,
         load: Global___Load | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "ms_in_step", b"ms_in_step", "step_number", b"step_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "load", b"load", "ms_in_step", b"ms_in_step", "step_number", b"step_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

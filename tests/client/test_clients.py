@@ -33,7 +33,7 @@ class Outcome:
         self.error: QwireError | None = None
 
 
-def read_blocking(address: str, **options: Any) -> Outcome:
+def read_blocking(address: str | list[str], **options: Any) -> Outcome:
     outcome = Outcome()
     with Client(address) as client:
         outcome.generation = client.generate("hi", **options)
@@ -45,7 +45,7 @@ def read_blocking(address: str, **options: Any) -> Outcome:
     return outcome
 
 
-def read_async(address: str, **options: Any) -> Outcome:
+def read_async(address: str | list[str], **options: Any) -> Outcome:
     outcome = Outcome()
 
     async def read() -> None:

@@ -429,6 +429,69 @@ def test_choices_of_a_moved_request_go_on_where_each_stood() -> None:
     assert harness.ids == {"a": whole[0], ("a", 1): whole[1], ("a", 2): whole[2]}
 
 
+def test_choices_that_ended_elsewhere_are_left_out_and_the_first_of_the_others_tells_how_it_began() -> None:
+    harness = Harness()
+    whole = [continuation([5], 8, choice=choice) for choice in range(3)]
+    harness.ids = {("a", 1): whole[1][:3], ("a", 2): []}
+    harness.submit("a", [5], 8, choices=[[], whole[1][:3], []], ended=frozenset({0}))
+    harness.run()
+    assert harness.ids == {("a", 1): whole[1], ("a", 2): whole[2]}
+    assert harness.cached == {("a", 1): 0}
+
+
+def test_a_request_that_moved_keeps_its_turn_and_its_place() -> None:
+    harness = Harness(max_running=1)
+    harness.now = 10.0
+    for number in range(101):
+        harness.submit(str(number), [number], 1)
+    with pytest.raises(QueueFull):
+        harness.submit("late", [1], 1)
+    harness.submit("moved", [7], 1, moved=True, waited=5.0)
+    harness.run()
+    assert next(iter(harness.ends)) == "moved"
+    assert len(harness.ends) == 102
+
+
+def test_of_suspects_a_step_computes_one_until_it_yields_a_token() -> None:
+    harness = Harness(max_step_tokens=6)
+    harness.submit("plain", [9], 12)
+    for number in range(3):
+        harness.submit(f"suspect {number}", [number] * 10, 6, suspect=True, choices=((), ()))
+    harness.run()
+    proven: set[int] = set()
+    for plan in harness.runner.steps:
+        prompts = {chunk.token_ids[0] for chunk in plan.chunks if chunk.start < 10 and chunk.token_ids[0] < 3}
+        assert len(prompts - proven) <= 1
+        proven |= {chunk.token_ids[0] for chunk in plan.chunks if chunk.draws and chunk.start < 10}
+    assert len(harness.ends) == 7
+
+
+def test_how_long_a_step_should_take() -> None:
+    times = iter([0.0, 0.0, 2.0, 5.0, 5.0, 6.0, 9.0, 9.0, 9.0])
+    seen: list[float] = []
+
+    class Timed(FakeRunner):
+        def execute(self, plan: StepPlan) -> list[list[Drawn]]:
+            seen.append(engine.predicted_seconds())
+            assert engine.executing() == ["a"]
+            return super().execute(plan)
+
+    engine = Engine(
+        Timed(64, 4),
+        SchedulerLimits(max_step_tokens=64),
+        max_waiting=1,
+        clock=lambda: next(times, 9.0),
+        deliver=lambda report: None,
+        fault=lambda keys: None,
+    )
+    engine.submit(Request("a", [1] * 128, max_tokens=1, prefix_root=ROOT))
+    while engine.step() is not None:
+        pass
+    assert seen[0] == float("inf")
+    assert 0 < seen[1] < float("inf")
+    assert (engine.predicted_seconds(), engine.executing()) == (0.0, [])
+
+
 def test_an_aborted_request_takes_all_its_choices_along() -> None:
     harness = Harness(max_running=2)
     harness.submit("a", list(range(10)), 50, choices=((),) * 4)

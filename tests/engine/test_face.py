@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -22,15 +23,20 @@ from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 
 FATAL_ID = 999
+STUCK_ID = 998
 INFO = pb.WorkerInfo(worker_id="w", model=models_pb2.ModelInfo(name="m", vocab_size=1000, context_length=100))
 
 LinkCall = grpc.aio.StreamStreamCall[pb.ServeRequest, pb.ServeResponse]
 
 
 class Runner(FakeRunner):
-    """Fails where a prompt says so, and takes its time."""
+    """Fails or hangs where a prompt says so, and takes its time."""
+
+    woken = threading.Event()
 
     def execute(self, plan: StepPlan) -> list[list[Drawn]]:
+        if any(STUCK_ID in chunk.token_ids for chunk in plan.chunks if chunk.start == 0):
+            self.woken.wait(20)
         if any(FATAL_ID in chunk.token_ids for chunk in plan.chunks if chunk.start == 0):
             raise RuntimeError("boom")
         time.sleep(0.01)
@@ -133,6 +139,38 @@ async def test_after_a_fault_nothing_is_admitted_and_no_drain_waits(
     assert time.monotonic() - started < 2
 
 
+async def test_a_step_that_is_stuck_ends_the_worker_as_one_that_raises(
+    face: WorkerFace, dial: Callable[[], Awaitable[LinkCall]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.face.WEDGE_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("worker.face.WEDGE_SECONDS", 0.4)
+    monkeypatch.setattr("worker.face.WEDGE_FACTOR", 0.0)
+    link = await dial()
+    watching = asyncio.create_task(face.watch_steps())
+    await submit(link, 1, [1], max_tokens=60)
+    while not (await until(link, "step")).step.sequences[0].HasField("end"):
+        assert not face.faulted.is_set()
+    await submit(link, 2, [STUCK_ID])
+    assert list((await until(link, "fault")).fault.attempts) == [2]
+    await asyncio.wait_for(watching, 5)
+    assert face.faulted.is_set()
+    Runner.woken.set()
+
+
+async def test_choices_that_have_ended_are_not_taken(dial: Callable[[], Awaitable[LinkCall]]) -> None:
+    link = await dial()
+    params = pb.ResolvedParams(top_p=1.0, repetition_penalty=1.0, max_tokens=3)
+    root = b"0123456789abcdef"
+    ended, going = pb.SubmitChoice(generated_ids=[1] * 9, ended=True), pb.SubmitChoice(generated_ids=[4, 5])
+    frame = pb.Submit(attempt=1, prompt_ids=[1], choices=[ended, ended], params=params, prefix_root=root)
+    await link.write(pb.ServeRequest(submit=frame))
+    assert (await until(link, "refused")).refused.reason == pb.REFUSED_REASON_INVALID
+    frame = pb.Submit(attempt=2, prompt_ids=[1], choices=[ended, going], params=params, prefix_root=root)
+    await link.write(pb.ServeRequest(submit=frame))
+    (sequence,) = (await until(link, "step")).step.sequences
+    assert (sequence.choice, sequence.token_index, sequence.HasField("start")) == (1, 2, True)
+
+
 async def test_a_drain_finishes_what_runs_and_links_nobody_anew(
     face: WorkerFace, dial: Callable[[], Awaitable[LinkCall]]
 ) -> None:
@@ -140,7 +178,8 @@ async def test_a_drain_finishes_what_runs_and_links_nobody_anew(
     await submit(link, 1, [1], max_tokens=20)
     await until(link, "admitted")
     draining = asyncio.create_task(face.drain(20))
-    await asyncio.sleep(0)
+    while not (await until(link, "heartbeat")).heartbeat.draining:
+        pass
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (await dial()).read()
     assert QwireError.from_rpc(caught.value).reason == Reason.DRAINING

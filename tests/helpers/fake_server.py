@@ -48,9 +48,11 @@ def whole_stream() -> list[Step]:
 
 @dataclass
 class FakeServer:
-    """Serves `script` to every Generate call and records what it was asked. A context manager."""
+    """Serves the next of `scripts` to every Generate call, `script` to those after the last one, and records what it
+    was asked. A context manager."""
 
     script: Sequence[Step] = field(default_factory=whole_stream)
+    scripts: list[Sequence[Step]] = field(default_factory=list)
     requests: list[gen.GenerateRequest] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
@@ -92,7 +94,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         fake.requests.append(request)
         fake.metadata.append(dict(context.invocation_metadata()))
         fake.remaining.append(context.time_remaining())
-        for step in fake.script:
+        for step in fake.scripts.pop(0) if fake.scripts else fake.script:
             if isinstance(step, QwireError):
                 _abort(context, step)
             elif isinstance(step, Hang):

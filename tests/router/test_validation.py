@@ -124,7 +124,6 @@ def test_every_violation_is_named_at_once() -> None:
         ({"constraint": pb.Constraint(regex="a")}, "constraint"),
         ({"priority": 0}, "priority"),
         ({"adapter": "a"}, "adapter"),
-        ({"resume": pb.Resume()}, "resume"),
         ({"output": pb.OutputOptions(prompt_logprobs=0)}, "output.prompt_logprobs"),
     ],
 )

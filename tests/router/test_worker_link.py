@@ -15,7 +15,7 @@ from qwire.v1 import generation_pb2, models_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
 from router import worker_link
 from router.choice import OutputSpec
-from router.journal import Journal
+from router.journal import Journal, Why
 from router.worker_link import WorkerLink
 
 INFO = pb.WorkerInfo(worker_id="w", model=models_pb2.ModelInfo(name="m"))
@@ -55,7 +55,8 @@ async def worker() -> ScriptedWorker:
 
 
 @pytest.fixture
-async def link(worker: ScriptedWorker) -> AsyncIterator[WorkerLink]:
+async def link(worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerLink]:
+    monkeypatch.setattr(worker_link, "SILENT_LOOKS", 1000)  # the script has no heartbeats
     server = Server(Listener("127.0.0.1:0"), max_message_bytes=1 << 20, announce=False)
     server.add(worker_pb2_grpc.add_WorkerServiceServicer_to_server, worker, "qwire.v1.WorkerService")
     link = WorkerLink(await server.start(), "r", lambda requests: None)
@@ -115,15 +116,71 @@ async def test_a_worker_that_drains_is_not_picked_again_and_finishes_what_it_has
     first, second = link.submit(running, pb.Submit()), link.submit(late, pb.Submit())
     refused = pb.Refused(attempt=second, reason=pb.REFUSED_REASON_DRAINING)
     worker.say.put_nowait(pb.ServeResponse(refused=refused))
-    with pytest.raises(QwireError) as caught:
-        await asyncio.wait_for(late.admitted, 5)
-    assert caught.value.reason == Reason.DRAINING
+    lost = await asyncio.wait_for(late.lost, 5)
+    assert (lost.why, lost.error.reason) == (Why.REFUSED, Reason.DRAINING)
     assert not link.ready
     worker.say.put_nowait(step(first, 0))
     assert await asyncio.wait_for(running.next_messages(), 5)
     link.release(first, finished=False)
     frames = [(await asyncio.wait_for(worker.heard.get(), 5)).WhichOneof("frame") for _ in range(3)]
     assert frames == ["submit", "submit", "abort"]
+
+
+async def test_a_worker_that_says_so_before_it_drains_is_not_picked_again(
+    link: WorkerLink, worker: ScriptedWorker
+) -> None:
+    running = journal()
+    first = link.submit(running, pb.Submit())
+    worker.say.put_nowait(pb.ServeResponse(heartbeat=pb.Heartbeat(draining=True)))
+    while link.ready:
+        await asyncio.wait_for(link.changed.wait(), 5)
+    worker.say.put_nowait(step(first, 0))
+    assert await asyncio.wait_for(running.next_messages(), 5)
+    assert not running.lost.done()
+
+
+async def test_a_silent_worker_is_given_up_and_linked_again(
+    link: WorkerLink, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = journal()
+    link.submit(stuck, pb.Submit())
+    monkeypatch.setattr(worker_link, "SILENT_LOOKS", 2)
+    lost = await asyncio.wait_for(stuck.lost, 5)
+    assert (lost.why, lost.error.reason) == (Why.LOST, Reason.WORKER_LOST)
+    monkeypatch.setattr(worker_link, "SILENT_LOOKS", 1000)
+    while not link.ready:
+        await asyncio.wait_for(link.changed.wait(), 5)
+
+
+async def test_a_gap_in_the_indexes_ends_the_link_and_what_was_there_stands(
+    link: WorkerLink, worker: ScriptedWorker
+) -> None:
+    broken, neighbour = journal(), journal()
+    first, second = link.submit(broken, pb.Submit()), link.submit(neighbour, pb.Submit())
+    worker.say.put_nowait(step(first, 0))
+    worker.say.put_nowait(step(first, 2))
+    worker.say.put_nowait(step(second, 0))
+    for stream in (broken, neighbour):
+        assert (await asyncio.wait_for(stream.lost, 5)).why is Why.LOST
+    assert (broken.choices[0].ids, neighbour.choices[0].ids) == ([1], [])
+
+
+async def test_a_fault_names_suspects_and_loses_all(link: WorkerLink, worker: ScriptedWorker) -> None:
+    suspect, queued = journal(), journal()
+    first = link.submit(suspect, pb.Submit())
+    link.submit(queued, pb.Submit())
+    worker.say.put_nowait(pb.ServeResponse(fault=pb.Fault(attempts=[first])))
+    assert (await asyncio.wait_for(suspect.lost, 5)).why is Why.FAULT
+    assert (await asyncio.wait_for(queued.lost, 5)).why is Why.LOST
+    assert (link.ready, link.streams) == (False, 0)
+
+
+async def test_attempts_of_all_links_are_told_apart(link: WorkerLink) -> None:
+    other = WorkerLink("elsewhere", "r", lambda requests: None)
+    other.info, other.ready = INFO, True
+    assert (
+        link.submit(journal(), pb.Submit()) < other.submit(journal(), pb.Submit()) < link.submit(journal(), pb.Submit())
+    )
 
 
 async def test_nothing_waits_behind_after_a_link_has_ended(link: WorkerLink, worker: ScriptedWorker) -> None:

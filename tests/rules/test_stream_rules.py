@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwire._stream import ChoiceOutput
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import tokenizer_pb2, worker_pb2
 from router.choice import OutputSpec
@@ -99,5 +100,76 @@ def test_a_stream_is_what_one_look_at_the_output_says(
             assert finished.reason == pb.FINISH_REASON_LENGTH
         else:
             assert (finished.reason, finished.stop_string) == (pb.FINISH_REASON_STOP_STRING, expected_stop)
+
+    asyncio.run(run())
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(),
+    text=st.lists(LETTERS, min_size=1, max_size=20).map("".join),
+    stops=st.lists(st.lists(LETTERS, min_size=1, max_size=3).map("".join), max_size=2, unique=True),
+    include=st.booleans(),
+    want_ids=st.booleans(),
+)
+def test_a_stream_that_is_cut_anywhere_and_resumed_is_one_stream(
+    codec: Codec, data: st.DataObject, text: str, stops: list[str], include: bool, want_ids: bool
+) -> None:
+    ids = codec.encode(text, special_tokens_as_text=True)
+    expected_text, expected_ids, expected_stop = oracle(codec, ids, stops, include)
+    spec = OutputSpec(pb.StopOptions(strings=stops, include_stop=include), True, want_ids, 4096)
+
+    async def run() -> None:
+        client = ChoiceOutput()
+        cuts = 0
+        while client.finished is None:
+            journal = Journal(spec, range(1, 2), 1, 0.0, lambda: 0.0)
+            service = OpenSequences(Detokenizer(codec), 8)
+            held = list(client.token_ids)
+            if cuts:
+                ended = len(held) == len(ids)
+                journal.resume(
+                    [pb.ResumeChoice(token_ids=held, text_bytes=client.text_bytes)],
+                    [worker_pb2.END_REASON_LENGTH if ended else worker_pb2.END_REASON_UNSPECIFIED],
+                )
+
+            def tell(
+                requests: list[tokenizer_pb2.DetokenizeRequest],
+                journal: Journal = journal,
+                service: OpenSequences = service,
+            ) -> None:
+                for request in requests:
+                    for piece in service.answer(request):
+                        journal.take_piece(piece)
+
+            def read(journal: Journal = journal) -> None:
+                for message in journal._take_messages():
+                    if message.HasField("finished"):
+                        client.finished = message.finished
+                        continue
+                    if want_ids:
+                        assert message.delta.token_index == len(client.token_ids)
+                    assert message.delta.text_offset == client.text_bytes
+                    client._append(message.delta)
+
+            tell(journal.open_requests())
+            index = len(held)
+            steps = list(pieces(data, ids[index:])) if journal.needs_worker else []
+            cut = data.draw(st.integers(0, len(steps))) if cuts < 3 else len(steps) + 1
+            for part in steps[:cut]:
+                step = worker_pb2.SequenceStep(token_index=index, token_ids=part)
+                index += len(part)
+                if index == len(ids):
+                    step.end.reason = worker_pb2.END_REASON_LENGTH
+                tell(journal.receive(step))
+                if data.draw(st.booleans()):
+                    read()
+            if cut > len(steps) or data.draw(st.booleans()):
+                read()
+            cuts += 1
+        assert client.text == expected_text
+        assert client.token_ids == (ids[:expected_ids] if want_ids else [])
+        assert client.finished.usage.generated_tokens == expected_ids
+        assert client.finished.stop_string == (expected_stop or "")
 
     asyncio.run(run())

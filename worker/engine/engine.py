@@ -7,6 +7,7 @@ inbox; it hands back one `StepReport` a step through the `deliver` callback and 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -19,6 +20,8 @@ from worker.engine.sequence import EndReason, Request, SequenceState
 
 log = logging.getLogger(__name__)
 
+MOVED_REQUESTS = 1024
+"""Requests that had a place at another engine are taken beyond the limit, up to so many."""
 IDLE_SECONDS_BEFORE_CHECK = 1.0
 """The pool's invariant is verified once the engine has had nothing to do for this long."""
 
@@ -80,6 +83,25 @@ class StepReport:
     """Hashes of all that the prefix cache holds after the step, if `watch_cache` asked since the last one."""
 
 
+class _Pace:
+    """How long steps take: a moving average of seconds a token, in which few tokens count as many as cost the same."""
+
+    _LEAST_TOKENS = 32
+    _WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self._per_token = math.inf
+
+    def take(self, tokens: int, seconds: float) -> None:
+        measured = seconds / max(tokens, self._LEAST_TOKENS)
+        first = self._per_token == math.inf
+        self._per_token = measured if first else self._per_token + self._WEIGHT * (measured - self._per_token)
+
+    def seconds(self, tokens: int) -> float:
+        """0 for no tokens; infinite while nothing was measured."""
+        return max(tokens, self._LEAST_TOKENS) * self._per_token if tokens else 0.0
+
+
 @dataclass(slots=True)
 class _Inbox:
     submits: deque[tuple[Request, float]] = field(default_factory=deque)
@@ -126,6 +148,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._step_started: float | None = None
         self._executing: list[SequenceState] = []
+        self._executing_tokens = 0
+        self._pace = _Pace()
         self._aborted_some = False
         self.steps = 0
         self.load = self._count_load()
@@ -148,7 +172,8 @@ class Engine:
             raise NeverFits
         with self._wake:
             # Not by who waits now: of a burst on an idle worker all do until its next step.
-            if len(self._requests) + len(self._inbox.submits) >= self._max_requests:
+            limit = self._max_requests + (MOVED_REQUESTS if request.moved else 0)
+            if len(self._requests) + len(self._inbox.submits) >= limit:
                 raise QueueFull
             self._inbox.submits.append((request, self._clock()))
             self._wake.notify()
@@ -178,6 +203,14 @@ class Engine:
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
+    def predicted_seconds(self) -> float:
+        """How long the running step should take, by those before it; 0 between steps, infinite for the first."""
+        return self._pace.seconds(self._executing_tokens)
+
+    def executing(self) -> list[Hashable]:
+        """The requests in the running step. Any thread."""
+        return list(dict.fromkeys(sequence.request.key for sequence in self._executing))
+
     def step(self) -> StepReport | None:
         """Takes in what arrived, runs one step, and returns its report; None if there was nothing to do."""
         now = self._clock()
@@ -196,9 +229,11 @@ class Engine:
         return StepReport(self.steps, reports, late, self.load, cache, self.pool.hashes() if snapshot else None)
 
     def _execute(self, scheduled: Scheduled, now: float) -> list[SequenceReport]:
+        self._executing_tokens = scheduled.plan.num_tokens
         self._step_started, self._executing = now, scheduled.sequences
         drawn = self._runner.execute(scheduled.plan)
-        self._step_started, self._executing = None, []
+        self._pace.take(self._executing_tokens, self._clock() - now)
+        self._step_started, self._executing, self._executing_tokens = None, [], 0
         self.steps += 1
         reports = []
         for sequence, chunk, tokens in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
@@ -212,7 +247,7 @@ class Engine:
         request = sequence.request
         first, *others = drawn
         start = None
-        if sequence.choice == 0 and sequence.num_generated == len(request.choices[0]):
+        if sequence.choice == request.first_choice and sequence.num_generated == len(request.choices[sequence.choice]):
             began = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
             start = Start(sequence.cached_tokens, began - sequence.arrival, self._clock() - began)
         forks = [sequence.fork(choice, token.token_id) for choice, token in enumerate(others, sequence.choice + 1)]
@@ -280,7 +315,7 @@ class Engine:
                     self._sleep()
         except Exception:
             log.exception("step %d raised; the process ends", self.steps + 1)
-            self._fault(list(dict.fromkeys(sequence.request.key for sequence in self._executing)))
+            self._fault(self.executing())
 
     def _sleep(self) -> None:
         """Waits for work; verifies the pool once if none comes for a while."""

@@ -84,7 +84,11 @@ class Scheduler:
         return total_tokens <= self.pool.num_blocks * self.pool.block_size
 
     def add(self, sequence: SequenceState) -> None:
-        self.waiting.append(sequence)
+        """Queues a sequence behind those whose wait began before its own: one that moved here keeps its turn."""
+        index = len(self.waiting)
+        while index and self.waiting[index - 1].queued > sequence.queued:
+            index -= 1
+        self.waiting.insert(index, sequence)
 
     def remove(self, sequence: SequenceState) -> None:
         """Forgets a sequence, waiting or running, and frees its blocks."""
@@ -179,7 +183,10 @@ class Scheduler:
         if not self.waiting:
             return None
         being_computed = self._being_computed()
+        suspected = next((other.request for other in self.running if other.unproven), None)
         for sequence in self.waiting:
+            if suspected is not None and sequence.unproven and sequence.request is not suspected:
+                continue  # should the step fail, it must be plain which of them it was
             prefix = self._computed_prefix(sequence, being_computed)
             if prefix is None:
                 continue

@@ -46,6 +46,19 @@ class Request:
     prefix_root: bytes = b""
     """What the hashes of its blocks start from: requests share blocks only under the same root."""
     use_prefix_cache: bool = True
+    ended: frozenset[int] = frozenset()
+    """Choices of which nothing more is wanted; others keep their indexes."""
+    waited: float = 0.0
+    """Seconds that it had waited elsewhere when it was submitted."""
+    moved: bool = False
+    """An engine had it before: it is taken where others find the queue full."""
+    suspect: bool = False
+    """An engine may have failed because of it."""
+
+    @property
+    def first_choice(self) -> int:
+        """The first choice that isn't ended."""
+        return next(choice for choice in range(len(self.choices)) if choice not in self.ended)
 
 
 @dataclass(slots=True, eq=False)
@@ -76,11 +89,12 @@ class SequenceState:
         """The sequences that a request begins with. Choices of which nothing is generated yet are one sequence until
         their prompt is computed; others find what they share in the prefix cache."""
         count = len(request.choices)
-        if count > 1 and not any(request.choices):
+        if count > 1 and not any(request.choices) and not request.ended:
             return [cls(request, arrival, 0, list(request.prompt_ids), unborn=count - 1)]
         return [
             cls(request, arrival, choice, [*request.prompt_ids, *generated])
             for choice, generated in enumerate(request.choices)
+            if choice not in request.ended
         ]
 
     def fork(self, choice: int, token: int) -> SequenceState:
@@ -127,6 +141,16 @@ class SequenceState:
     def left(self) -> int:
         """Tokens to compute before the next one can be drawn."""
         return len(self.tokens) - self.computed
+
+    @property
+    def unproven(self) -> bool:
+        """Whether it may be what makes steps fail: a suspect's, and no step has given it a token."""
+        return self.request.suspect and self.num_generated == len(self.request.choices[self.choice])
+
+    @property
+    def queued(self) -> float:
+        """When its wait began, here or elsewhere: the order of the queue."""
+        return self.arrival - self.request.waited
 
     @property
     def num_generated(self) -> int:

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.faults.load import Options, References
+from tests.faults.processes import wait_for_workers
+from tests.helpers.stacks import RunningStack, running_stack, write_tiny_model
+
+FLAGS = ("--kv-cache-mib", "64", "--threads", "1", "--max-running", "6", "--grace", "1")
+TOKENS = 180
+"""Long enough to be hit in the middle."""
+
+
+@pytest.fixture(scope="package")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("faults") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Path) -> Iterator[RunningStack]:
+    """Two workers behind a router."""
+    with running_stack(
+        tiny_model, "tiny", workers=2, worker_flags=FLAGS, router_flags=("--worker-wait", "60")
+    ) as stack:
+        wait_for_workers(stack)
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def references(pair: RunningStack) -> Iterator[References]:
+    with pair.client() as client:
+        yield References(client)
+
+
+@pytest.fixture(scope="module")
+def mixed(references: References) -> list[Options]:
+    """Requests of every kind that has state to rebuild: greedy, seeded, choices, penalties, stop strings, a text."""
+    long: Options = {"max_tokens": TOKENS, "ignore_eos": True}
+    free = {"token_ids": [9, 8, 7], "seed": 3, "temperature": 1.0, **long}
+    text = references.of(free).text[0]
+    requests: list[Options] = [
+        {"token_ids": [1, 2, 3], "temperature": 0, **long},
+        {"token_ids": [4, 5, 6], "seed": 11, "temperature": 0.9, "top_k": 40, "logprobs": 1, **long},
+        {"token_ids": [7, 8, 9], "seed": 5, "temperature": 1.2, "n": 2, "min_tokens": 40, "max_tokens": TOKENS},
+        {
+            "token_ids": [2, 4, 6],
+            "seed": 6,
+            "temperature": 0.7,
+            "repetition_penalty": 1.3,
+            "frequency_penalty": 0.5,
+            "presence_penalty": 0.4,
+            "bad_words": ["the"],
+            **long,
+        },
+        # A stop string that is found late, and lies across tokens: it is a few characters of random bytes.
+        {**free, "stop": [text[-24:-18]]},
+        {"prompt": "the rain in Spain", "seed": 8, "temperature": 1.0, **long},
+    ]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        list(pool.map(references.of, requests))
+    return requests
