@@ -67,9 +67,9 @@ class Fleet:
             await self._until_ready(lambda link: True)
         return self.model(name)
 
-    def refuse_if_full(self, model: str) -> None:
+    def refuse_if_full(self, model: str, needs: frozenset[pb.Feature.ValueType] = frozenset()) -> None:
         """Raises QwireError RESOURCE_EXHAUSTED where every ready worker of a model has all that it takes."""
-        links = self._ready(model)
+        links = [link for link in self.links if link.ready and _serves(link, model, needs)]
         if links and all(link.full for link in links):
             raise QwireError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -78,24 +78,33 @@ class Fleet:
                 retry_after=FULL_RETRY_SECONDS,
             )
 
-    async def place(self, model: str, prompt_ids: Sequence[int], scope: bytes, *, bypass: bool = False) -> Place:
+    async def place(
+        self,
+        model: str,
+        prompt_ids: Sequence[int],
+        scope: bytes,
+        *,
+        needs: frozenset[pb.Feature.ValueType] = frozenset(),
+        bypass: bool = False,
+    ) -> Place:
         """Chooses a ready worker of a model, after a bounded wait for one. Nothing may be awaited between this and the
         submit, or others choose without knowing of it.
 
         Args:
             scope: whose requests share cached blocks.
+            needs: features that the worker must have.
             bypass: the request leaves the prefix cache alone.
 
         Raises:
             QwireError: UNAVAILABLE where none gets ready, RESOURCE_EXHAUSTED where all are full.
         """
-        await self._until_ready(lambda link: _serves(link, model))
-        self.refuse_if_full(model)
+        await self._until_ready(lambda link: _serves(link, model, needs))
+        self.refuse_if_full(model, needs)
         chains: dict[tuple[bytes, str, int], list[bytes]] = {}
         candidates = {}
         for index, link in enumerate(self.links):
             info = link.info
-            if info is None or not link.ready or link.full or not _serves(link, model):
+            if info is None or not link.ready or link.full or not _serves(link, model, needs):
                 continue
             cached = 0
             if not bypass and len(link.cache):
@@ -110,9 +119,6 @@ class Fleet:
         if link.info is None:
             raise RuntimeError("a ready link has no worker")
         return Place(link, link.info, len(prompt_ids) - chosen.cached_tokens)
-
-    def _ready(self, model: str) -> list[WorkerLink]:
-        return [link for link in self.links if link.ready and _serves(link, model)]
 
     async def _until_ready(self, wanted: Callable[[WorkerLink], bool]) -> None:
         deadline = time.monotonic() + self._worker_wait
@@ -134,9 +140,9 @@ class Fleet:
         return any(link.ready for link in self.links)
 
 
-def _serves(link: WorkerLink, model: str) -> bool:
-    """Whether the worker serves the model, now or when it was last linked."""
-    return link.info is not None and link.info.model.name == model
+def _serves(link: WorkerLink, model: str, needs: frozenset[pb.Feature.ValueType] = frozenset()) -> bool:
+    """Whether the worker serves the model and has these features, now or when it was last linked."""
+    return link.info is not None and link.info.model.name == model and needs <= set(link.info.features)
 
 
 def prefix_root(worker: pb.WorkerInfo, scope: bytes) -> bytes:

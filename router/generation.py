@@ -81,7 +81,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             live.attach(journal)
             bad_words = await self._bad_words(request)
             scope = self._scope(request)
-            place = await self._fleet.place(model.name, prompt_ids, scope, bypass=request.prefix_cache.bypass)
+            place = await self._fleet.place(
+                model.name, prompt_ids, scope, needs=_needs(request), bypass=request.prefix_cache.bypass
+            )
             live.check()
             params = resolved_params(sampling, stop, request.output, bad_words, place.worker.model)
             submit = self._submit(request, prompt_ids, sampling.n, params, place.worker, scope, context)
@@ -167,7 +169,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             remaining_ms=None if remaining is None else max(0, round(remaining * 1000)),
             prefix_root=prefix_root(worker, scope),
             bypass_prefix_cache=request.prefix_cache.bypass,
+            constraint=request.constraint if request.HasField("constraint") else None,
         )
+
+
+def _needs(request: pb.GenerateRequest) -> frozenset[worker_pb2.Feature.ValueType]:
+    """What a worker must have besides what all of them have."""
+    return frozenset({worker_pb2.FEATURE_CONSTRAINTS} if request.HasField("constraint") else ())
 
 
 def _was_sent_before(context: Context) -> bool:

@@ -12,6 +12,7 @@ import torch
 from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.config import WorkerConfig
+from worker.constraints.grammars import numerics as grammar_numerics
 from worker.model import ModelConfig
 from worker.model.digest import weights_digest
 from worker.runner.runner import TorchRunner
@@ -20,8 +21,12 @@ REFERENCE_NUMERICS_VERSION = 1
 """To be counted up whenever the reference kernels give other bits than before."""
 
 
-def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
-    """Reads the model's files once more for their digests. Raises ModelError."""
+def describe(config: WorkerConfig, runner: TorchRunner, *, constraints: bool) -> pb.WorkerInfo:
+    """Reads the model's files once more for their digests. Raises ModelError.
+
+    Args:
+        constraints: whether its output can be held to a format.
+    """
     model = runner.config
     dtype = str(runner.dtype).removeprefix("torch.")
     tokenizer = _digest(config.model / "tokenizer.json")
@@ -35,10 +40,15 @@ def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
         f"backend reference {REFERENCE_NUMERICS_VERSION} torch {torch.__version__}",
         f"isa {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"tp {config.tp} pp 1",
+        grammar_numerics(),
     )
     capabilities = [models_pb2.CAPABILITY_GENERATE]
     if has_chat_template(config.model):
         capabilities.append(models_pb2.CAPABILITY_CHAT)
+    features = [pb.FEATURE_SAMPLING, pb.FEATURE_PENALTIES, pb.FEATURE_LOGPROBS, pb.FEATURE_CHOICES]
+    if constraints:
+        capabilities.append(models_pb2.CAPABILITY_CONSTRAINTS)
+        features.append(pb.FEATURE_CONSTRAINTS)
     return pb.WorkerInfo(
         worker_id=config.id,
         boot_id=uuid.uuid4().hex,
@@ -59,7 +69,7 @@ def describe(config: WorkerConfig, runner: TorchRunner) -> pb.WorkerInfo:
         num_blocks=runner.num_blocks,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
-        features=[pb.FEATURE_SAMPLING, pb.FEATURE_PENALTIES, pb.FEATURE_LOGPROBS, pb.FEATURE_CHOICES],
+        features=features,
         backend="reference",
         model_fingerprint=fingerprint,
         kv_dtype=dtype,
