@@ -6,6 +6,7 @@ seen without the server (two prompts, an unknown role) raise ValueError or TypeE
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
@@ -53,6 +54,19 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int | None
     ignore_eos: bool | None
     include_stop: bool | None
+
+    json_schema: Mapping[str, object] | bool | str | None
+    """Hold the output to a JSON schema, as text or as json.loads gives it. One constraint at most."""
+    json_object: bool | None
+    """Hold it to any JSON object."""
+    regex: str | None
+    """Hold it to a regular expression."""
+    grammar: str | None
+    """Hold it to a grammar in Lark's notation."""
+    choice: Sequence[str] | None
+    """Hold it to one of these texts."""
+    free_thinking: bool | None
+    """Leave a thinking section free of the constraint."""
 
     text: bool | None
     """Deliver text."""
@@ -121,6 +135,8 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> gen.Genera
         request.output,
         gen.OutputOptions(logprobs=options.get("logprobs"), text=options.get("text"), token_ids=options.get("ids")),
     )
+    if (constraint := _constraint(options)) is not None:
+        request.constraint.CopyFrom(constraint)
     _merge(request.prefix_cache, gen.PrefixCacheOptions(bypass=options.get("bypass"), scope=options.get("scope")))
     return request
 
@@ -134,6 +150,27 @@ def _continuity(name: str | None) -> gen.Continuity.ValueType:
     if name not in known:
         raise ValueError(f"continuity is exact or best-effort, not {name!r}")
     return known[name]
+
+
+def _constraint(options: GenerateOptions) -> gen.Constraint | None:
+    schema, choice = options.get("json_schema"), options.get("choice")
+    if isinstance(choice, str):
+        raise TypeError("choice is a list of texts")
+    json_object = gen.Constraint.JsonObject() if options.get("json_object") else None
+    kinds = {
+        "json_schema": schema if isinstance(schema, str) or schema is None else json.dumps(schema),
+        "json_object": json_object,
+        "regex": options.get("regex"),
+        "grammar": options.get("grammar"),
+        "choice": None if choice is None else gen.Constraint.Choice(texts=choice),
+    }
+    given = {name: value for name, value in kinds.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"one constraint at most, not {' and '.join(given)}")
+    free_thinking = options.get("free_thinking")
+    if not given and free_thinking is None:
+        return None
+    return gen.Constraint(**given, free_thinking=free_thinking)  # type: ignore[arg-type]  # Names and types agree.
 
 
 class _Input(TypedDict, total=False):

@@ -50,6 +50,9 @@ class RouterConfig:
     max_logit_bias: int = setting(default=1024, help="Entries of logit_bias, and of allowed_token_ids.")
     max_bad_words: int = setting(default=64, help="Bad words of a request.")
 
+    max_constraint_bytes: int = setting(default=128 * 1024, help="UTF-8 bytes of a constraint's text.")
+    max_constraint_texts: int = setting(default=1024, help="Texts of a choice constraint.")
+
     def __post_init__(self) -> None:
         if not self.worker:
             raise ConfigError("--worker: at least one target is needed")

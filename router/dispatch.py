@@ -15,6 +15,7 @@ import grpc
 
 from qwire.errors import QwireError, Reason
 from qwire.v1 import worker_pb2 as pb
+from qwire.v1.generation_pb2 import Constraint
 from router.fleet import Fleet, Place, prefix_root
 from router.journal import Journal, Lost, Why
 from router.worker_link import WorkerLink
@@ -43,6 +44,12 @@ class Work:
     deadline: float = math.inf
     numerics_id: str = ""
     """What its first worker's must be, for a stream that goes on here; empty for any."""
+    constraint: Constraint | None = None
+
+    @property
+    def needs(self) -> frozenset[pb.Feature.ValueType]:
+        """What a worker must have besides what all of them have."""
+        return frozenset() if self.constraint is None else frozenset({pb.FEATURE_CONSTRAINTS})
 
 
 class Dispatch:
@@ -96,6 +103,8 @@ class Dispatch:
             if lost.why is not Why.REFUSED:
                 refused.clear()
                 self._move(lost)
+            elif lost.error.code is grpc.StatusCode.INVALID_ARGUMENT:
+                raise lost.error  # no other worker would take it either
             elif place.link.ready:
                 refused[place.link] = lost.error
             # else it drains: whoever is ready, or will be, may take the request.
@@ -112,6 +121,7 @@ class Dispatch:
                 work.model,
                 ids,
                 work.scope,
+                needs=work.needs,
                 bypass=work.bypass,
                 numerics_id=bound,
                 moved=self._moved,
@@ -121,7 +131,13 @@ class Dispatch:
             if not work.best_effort or error.reason != Reason.NO_EQUIVALENT_WORKER:
                 raise
             place = await self._fleet.place(
-                work.model, ids, work.scope, bypass=work.bypass, moved=self._moved, refused=refused
+                work.model,
+                ids,
+                work.scope,
+                needs=work.needs,
+                bypass=work.bypass,
+                moved=self._moved,
+                refused=refused,
             )
             journal.exact = False
         self.numerics_id = place.worker.model.numerics_id
@@ -136,6 +152,7 @@ class Dispatch:
             remaining_ms=None if work.deadline == math.inf else max(0, round((work.deadline - now) * 1000)),
             prefix_root=prefix_root(place.worker, work.scope),
             bypass_prefix_cache=work.bypass,
+            constraint=work.constraint,
             moved=self._moved,
             waited_ms=round((now - work.arrival) * 1000),
             suspect=self._faults > 0,

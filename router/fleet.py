@@ -69,9 +69,9 @@ class Fleet:
             await self._until_ready(lambda link: True)
         return self.model(name)
 
-    def refuse_if_full(self, model: str) -> None:
+    def refuse_if_full(self, model: str, needs: frozenset[pb.Feature.ValueType] = frozenset()) -> None:
         """Raises QwireError RESOURCE_EXHAUSTED where every ready worker of a model has all that it takes."""
-        links = self._ready(model)
+        links = [link for link in self.links if link.ready and _serves(link, model, needs)]
         if links and all(link.full for link in links):
             raise _all_full()
 
@@ -81,6 +81,7 @@ class Fleet:
         prompt_ids: Sequence[int],
         scope: bytes,
         *,
+        needs: frozenset[pb.Feature.ValueType] = frozenset(),
         bypass: bool = False,
         numerics_id: str = "",
         moved: bool = False,
@@ -92,6 +93,7 @@ class Fleet:
         Args:
             prompt_ids: what is to be computed, ids generated before included.
             scope: whose requests share cached blocks.
+            needs: features that the worker must have.
             bypass: the request leaves the prefix cache alone.
             numerics_id: what the worker's must be; empty for any.
             moved: the request had a place before, which a full worker gives it too.
@@ -103,13 +105,13 @@ class Fleet:
         """
 
         def wanted(link: WorkerLink) -> bool:
-            return _serves(link, model) and (not numerics_id or _numerics(link) == numerics_id)
+            return _serves(link, model, needs) and (not numerics_id or _numerics(link) == numerics_id)
 
         await self._until_ready(wanted, equivalent=bool(numerics_id))
         if refused and all(link in refused for link in self.links if link.ready and wanted(link)):
             raise list(refused.values())[-1]
         if not moved:
-            self.refuse_if_full(model)
+            self.refuse_if_full(model, needs)
         chains: dict[tuple[bytes, str, int], list[bytes]] = {}
         candidates = {}
         for index, link in enumerate(self.links):
@@ -131,9 +133,6 @@ class Fleet:
         if link.info is None:
             raise RuntimeError("a ready link has no worker")
         return Place(link, link.info, len(prompt_ids) - chosen.cached_tokens)
-
-    def _ready(self, model: str) -> list[WorkerLink]:
-        return [link for link in self.links if link.ready and _serves(link, model)]
 
     async def _until_ready(self, wanted: Callable[[WorkerLink], bool], *, equivalent: bool = False) -> None:
         deadline = time.monotonic() + self._worker_wait
@@ -171,9 +170,9 @@ def _numerics(link: WorkerLink) -> str:
     return link.info.model.numerics_id if link.info is not None else ""
 
 
-def _serves(link: WorkerLink, model: str) -> bool:
-    """Whether the worker serves the model, now or when it was last linked."""
-    return link.info is not None and link.info.model.name == model
+def _serves(link: WorkerLink, model: str, needs: frozenset[pb.Feature.ValueType] = frozenset()) -> bool:
+    """Whether the worker serves the model and has these features, now or when it was last linked."""
+    return link.info is not None and link.info.model.name == model and needs <= set(link.info.features)
 
 
 def prefix_root(worker: pb.WorkerInfo, scope: bytes) -> bytes:

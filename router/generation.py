@@ -93,7 +93,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             prompt = await self._prompt(request, resumed)
             check_prompt(request, prompt.ids, model, self._config)
             sampling, stop = resolve(request, len(prompt.ids), model, self._config)
-            parameters = resume.digest(sampling, stop, request.output, model.eos_token_ids)
+            parameters = resume.digest(sampling, stop, request.output, request.constraint, model.eos_token_ids)
             if resumed is not None:
                 resume.check_same(resumed, prompt.ids, parameters)
                 resume.check_choices(request.resume.choices, sampling, stop, model.vocab_size)
@@ -119,6 +119,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 arrival=arrival,
                 deadline=math.inf if remaining is None else arrival + remaining,
                 numerics_id=resumed.numerics_id if resumed is not None else "",
+                constraint=request.constraint if request.HasField("constraint") else None,
             )
             live.check()
             dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves)

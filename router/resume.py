@@ -77,11 +77,15 @@ def filled(request: pb.GenerateRequest, state: resume_pb2.ResumeState) -> pb.Gen
 
 
 def digest(
-    sampling: pb.SamplingParams, stop: pb.StopOptions, output: pb.OutputOptions, eos_token_ids: Sequence[int]
+    sampling: pb.SamplingParams,
+    stop: pb.StopOptions,
+    output: pb.OutputOptions,
+    constraint: pb.Constraint,
+    eos_token_ids: Sequence[int],
 ) -> bytes:
     """SHA-256 of every resolved parameter."""
     eos = pb.StopOptions(token_ids=eos_token_ids)
-    parts = [message.SerializeToString(deterministic=True) for message in (sampling, stop, output, eos)]
+    parts = [message.SerializeToString(deterministic=True) for message in (sampling, stop, output, constraint, eos)]
     return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
 

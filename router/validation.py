@@ -83,7 +83,9 @@ def check(request: pb.GenerateRequest, config: RouterConfig) -> None:
     _check_sampling(request.sampling, config, found)
     _check_stop(request.stop, config, found)
     _check_output(request.output, config, found)
-    for name in ("constraint", "priority", "adapter"):
+    if request.HasField("constraint"):
+        _check_constraint(request.constraint, config, found)
+    for name in ("priority", "adapter"):
         if request.HasField(name):
             found.not_yet(name)
     if request.continuity not in pb.Continuity.values():
@@ -215,11 +217,37 @@ def _check_output(output: pb.OutputOptions, config: RouterConfig, found: Violati
         found.not_yet("output.prompt_logprobs")
 
 
+def _check_constraint(constraint: pb.Constraint, config: RouterConfig, found: Violations) -> None:
+    """What can be seen without the grammar library: the rest is the worker's to refuse."""
+    most = config.max_constraint_bytes
+    match kind := constraint.WhichOneof("kind"):
+        case None:
+            found.add("constraint", "must be one of json_schema, json_object, regex, grammar and choice")
+        case "choice":
+            texts = constraint.choice.texts
+            size = sum(len(text.encode()) for text in texts)
+            if not 1 <= len(texts) <= config.max_constraint_texts:
+                found.add("constraint.choice.texts", f"must be 1 to {config.max_constraint_texts}, not {len(texts)}")
+            if size > most:
+                found.add("constraint.choice.texts", f"must be at most {most} bytes together, not {size}")
+            for index, text in enumerate(texts[: config.max_constraint_texts]):
+                if found.full:
+                    break
+                if not text:
+                    found.add(f"constraint.choice.texts[{index}]", "must not be empty")
+        case "json_schema" | "regex" | "grammar":
+            size = len(getattr(constraint, kind).encode())
+            if not 1 <= size <= most:
+                found.add(f"constraint.{kind}", f"must be 1 to {most} bytes, not {size}")
+
+
 def check_prompt(
     request: pb.GenerateRequest, prompt_ids: list[int], model: models_pb2.ModelInfo, config: RouterConfig
 ) -> None:
     """Checks what depends on the model and on the prompt's tokens. Raises QwireError INVALID_ARGUMENT."""
     found = Violations()
+    if request.HasField("constraint") and models_pb2.CAPABILITY_CONSTRAINTS not in model.capabilities:
+        found.add("constraint", f"is not possible with {model.name}: its folder has no tokenizer that grammars can use")
     given_ids = request.WhichOneof("input") == "token_ids"
     where = {"text": "text", "chat": "chat", "token_ids": "token_ids.ids"}[request.WhichOneof("input") or "text"]
     if given_ids:

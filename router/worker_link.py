@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
-from qwire.errors import QwireError, Reason
+from qwire.errors import FieldViolation, QwireError, Reason
 from qwire.service.server import LINK_OPTIONS
 from qwire.v1 import tokenizer_pb2, worker_pb2_grpc
 from qwire.v1 import worker_pb2 as pb
@@ -206,9 +206,7 @@ class WorkerLink:
                     journal.lose(Lost(Why.REFUSED, _refusal(frame.refused)))
             case "failed":
                 if journal := self._forget(frame.failed.attempt):
-                    journal.fail(
-                        QwireError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed", reason=Reason.DEADLINE)
-                    )
+                    journal.fail(_failure(frame.failed))
             case "fault":
                 log.error("worker at %s failed in a step of %d requests", self.target, len(frame.fault.attempts))
                 self._lose(frozenset(frame.fault.attempts))
@@ -278,5 +276,24 @@ def _refusal(refused: pb.Refused) -> QwireError:
                 "prompt and max_tokens together need more KV cache than the worker has",
                 reason=Reason.INVALID_REQUEST,
             )
+        case pb.REFUSED_REASON_CONSTRAINT:
+            return QwireError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{refused.field} {refused.detail}",
+                reason=Reason.INVALID_CONSTRAINT,
+                violations=[FieldViolation(refused.field, refused.detail)],
+            )
         case _:
             return QwireError(grpc.StatusCode.INTERNAL, "the worker refused the request", reason=Reason.INTERNAL)
+
+
+def _failure(failed: pb.Failed) -> QwireError:
+    if failed.reason == pb.FAILED_REASON_CONSTRAINT_TOO_COMPLEX:
+        detail = "takes more work to follow than a token may: too much is open at once in what was generated"
+        return QwireError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"constraint {detail}",
+            reason=Reason.CONSTRAINT_TOO_COMPLEX,
+            violations=[FieldViolation("constraint", detail)],
+        )
+    return QwireError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed", reason=Reason.DEADLINE)

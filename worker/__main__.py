@@ -18,6 +18,7 @@ from qwire.service.config import EXIT_CONFIGURATION, EXIT_UNUSABLE_MODEL, Config
 from qwire.service.server import Listener, Server, run, until_signal
 from qwire.v1 import worker_pb2, worker_pb2_grpc
 from worker.config import WorkerConfig
+from worker.constraints.grammars import Grammars
 from worker.convert import convert_command
 from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
@@ -135,11 +136,12 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     state = weights_state(config.model)
     digest = _digest(config, remembered, state)
     runner = load(config, group)
-    info = describe(config, runner, digest.result())
+    grammars = Grammars.of(config.model, runner.config.vocab_size, runner.config.eos_token_ids)
+    info = describe(config, runner, digest.result(), constraints=grammars is not None)
     group.connect(place.meeting, timeout=config.collective_timeout)
     lost = asyncio.Event()
     ranks = _leader(config, runner, group, lost) if group.world > 1 else None
-    face = WorkerFace(info)
+    face = WorkerFace(info, grammars)
     engine = Engine(
         ranks or runner,
         SchedulerLimits(config.max_step_tokens, config.max_running),
@@ -188,6 +190,8 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
         return 1
     await server.stop(grace=1.0)
     await asyncio.to_thread(engine.stop)
+    if grammars is not None:
+        await grammars.close()
     if ranks is not None:
         await asyncio.to_thread(ranks.stop)
     return 0

@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Hashable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -19,7 +20,9 @@ from qwire.errors import QwireError, Reason
 from qwire.v1 import worker_pb2 as pb
 from qwire.v1 import worker_pb2_grpc
 from worker.cache_feed import CacheFeed
+from worker.constraints.grammars import ConstraintRefused, Grammars, TooManyPending
 from worker.engine.engine import Engine, NeverFits, QueueFull, StepReport
+from worker.engine.sequence import Request
 from worker.frames import engine_request, load_frame, sequence_step, valid
 from worker.link import Link
 
@@ -39,10 +42,17 @@ LAST_FRAMES_SECONDS = 1.0
 
 
 class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
-    """WorkerService over an engine. Built on the event loop that serves it; `attach` the engine before serving."""
+    """WorkerService over an engine. Built on the event loop that serves it; `attach` the engine before serving.
 
-    def __init__(self, info: pb.WorkerInfo) -> None:
+    Args:
+        grammars: what compiles constraints; None where the model can't be held to any.
+    """
+
+    def __init__(self, info: pb.WorkerInfo, grammars: Grammars | None = None) -> None:
         self.info = info
+        self._grammars = grammars
+        self._compiling: set[asyncio.Task[None]] = set()
+        """Submits whose constraint isn't compiled yet: at most as many as `Grammars` takes."""
         self.faulted = asyncio.Event()
         """Set once a step has raised and every router was told."""
         self._loop = asyncio.get_running_loop()
@@ -193,21 +203,56 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             reason = pb.REFUSED_REASON_INVALID
         elif len(submit.prompt_ids) + submit.params.max_tokens > self.info.model.context_length:
             reason = pb.REFUSED_REASON_TOO_LARGE
-        else:
-            try:
-                self._engine.submit(engine_request(submit, (link.number, submit.attempt)))
-            except QueueFull:
-                reason = pb.REFUSED_REASON_QUEUE_FULL
-            except NeverFits:
-                reason = pb.REFUSED_REASON_TOO_LARGE
-        if reason is None:
-            link.live[submit.attempt] = {index for index, choice in enumerate(submit.choices) if not choice.ended}
-            link.send(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
+        elif submit.HasField("constraint") and self._grammars is None:
+            reason = pb.REFUSED_REASON_INVALID
+        if reason is not None:
+            _refuse(link, submit.attempt, reason)
             return
-        refused = pb.Refused(attempt=submit.attempt, reason=reason)
-        if reason == pb.REFUSED_REASON_QUEUE_FULL:
-            refused.retry_after.FromMilliseconds(1000)
-        link.send(pb.ServeResponse(refused=refused))
+        request = engine_request(submit, (link.number, submit.attempt))
+        link.live[submit.attempt] = {index for index, choice in enumerate(submit.choices) if not choice.ended}
+        if self._grammars is None or not submit.HasField("constraint"):
+            self._admit(link, submit.attempt, request)
+            return
+        task = asyncio.create_task(self._constrain(link, submit, request, self._grammars))
+        self._compiling.add(task)
+        task.add_done_callback(self._compiling.discard)
+
+    def _admit(self, link: Link, attempt: int, request: Request) -> None:
+        try:
+            self._engine.submit(request)
+        except (QueueFull, NeverFits) as error:
+            del link.live[attempt]
+            full = isinstance(error, QueueFull)
+            _refuse(link, attempt, pb.REFUSED_REASON_QUEUE_FULL if full else pb.REFUSED_REASON_TOO_LARGE)
+        else:
+            link.send(pb.ServeResponse(admitted=pb.Admitted(attempt=attempt)))
+
+    async def _constrain(self, link: Link, submit: pb.Submit, request: Request, grammars: Grammars) -> None:
+        """Compiles a submit's constraint and then admits it, unless it was aborted meanwhile."""
+        attempt, refused = submit.attempt, None
+        try:
+            states = await grammars.begin(
+                submit.constraint, request.prompt_ids, request.choices, may_end=bool(request.eos_ids)
+            )
+            request = replace(request, constraints=states)
+        except ConstraintRefused as error:
+            refused = pb.Refused(reason=pb.REFUSED_REASON_CONSTRAINT, field=error.field, detail=error.detail)
+        except TooManyPending:
+            refused = pb.Refused(reason=pb.REFUSED_REASON_QUEUE_FULL)
+        except Exception:
+            log.exception("a constraint could not be compiled")
+            refused = pb.Refused(reason=pb.REFUSED_REASON_INVALID)
+        if self._links.get(link.number) is not link or attempt not in link.live:
+            return
+        if refused is not None:
+            del link.live[attempt]
+            _refuse(link, attempt, refused.reason, refused.field, refused.detail)
+            return
+        # A choice that was dropped while it was not in the engine yet.
+        gone = set(range(len(request.choices))) - request.ended - link.live[attempt]
+        self._admit(link, attempt, request)
+        for choice in gone:
+            self._engine.abort_choice(request.key, choice)
 
     def _on_step(self, report: StepReport) -> None:
         self._cache.take(report.snapshot, report.cache)
@@ -225,11 +270,15 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
                 link.ended(attempt, sequence.choice)
         for number, frame in frames.items():
             self._links[number].send(pb.ServeResponse(step=frame))
-        for key in report.expired:
-            number, attempt = _link_and_attempt(key)
-            if (link := self._links.get(number)) is not None and attempt in link.live:
-                del link.live[attempt]
-                link.send(pb.ServeResponse(failed=pb.Failed(attempt=attempt, reason=pb.FAILED_REASON_DEADLINE)))
+        for keys, reason in (
+            (report.expired, pb.FAILED_REASON_DEADLINE),
+            (report.too_complex, pb.FAILED_REASON_CONSTRAINT_TOO_COMPLEX),
+        ):
+            for key in keys:
+                number, attempt = _link_and_attempt(key)
+                if (link := self._links.get(number)) is not None and attempt in link.live:
+                    del link.live[attempt]
+                    link.send(pb.ServeResponse(failed=pb.Failed(attempt=attempt, reason=reason)))
 
     def _on_fault(self, keys: list[Hashable]) -> None:
         self._draining = True  # nothing runs any more; what comes until the process ends must not be admitted
@@ -238,6 +287,13 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             attempts = [attempt for owner, attempt in pairs if owner == number and attempt in link.live]
             link.send(pb.ServeResponse(fault=pb.Fault(attempts=attempts)))
         self.faulted.set()
+
+
+def _refuse(link: Link, attempt: int, reason: pb.RefusedReason.ValueType, field: str = "", detail: str = "") -> None:
+    refused = pb.Refused(attempt=attempt, reason=reason, field=field, detail=detail)
+    if reason == pb.REFUSED_REASON_QUEUE_FULL:
+        refused.retry_after.FromMilliseconds(1000)
+    link.send(pb.ServeResponse(refused=refused))
 
 
 def _draining() -> QwireError:

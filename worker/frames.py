@@ -12,7 +12,7 @@ from qwire.prefix import HASH_BYTES
 from qwire.v1 import generation_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.engine.engine import LoadReport, SequenceReport
-from worker.engine.plan import SamplingParams
+from worker.engine.plan import NO_TOKEN, SamplingParams
 from worker.engine.sequence import EndReason, Request
 
 MAX_CHOICES = 64
@@ -21,6 +21,8 @@ END_REASONS = {
     EndReason.EOS: pb.END_REASON_EOS,
     EndReason.STOP_TOKEN: pb.END_REASON_STOP_TOKEN,
     EndReason.LENGTH: pb.END_REASON_LENGTH,
+    EndReason.CONSTRAINT: pb.END_REASON_CONSTRAINT,
+    EndReason.DEAD_END: pb.END_REASON_DEAD_END,
 }
 
 
@@ -102,9 +104,9 @@ def load_frame(load: LoadReport, submits_seen: int) -> pb.Load:
 def sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
     """What a step brought to one sequence."""
     drawn = report.drawn
-    step = pb.SequenceStep(
-        attempt=attempt, choice=report.choice, token_index=report.token_index, token_ids=[drawn.token_id]
-    )
+    step = pb.SequenceStep(attempt=attempt, choice=report.choice, token_index=report.token_index)
+    if drawn.token_id != NO_TOKEN:
+        step.token_ids.append(drawn.token_id)
     if drawn.logprob is not None:
         step.logprobs.append(
             generation_pb2.TokenLogprobs(

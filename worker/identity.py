@@ -12,6 +12,7 @@ import torch
 from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.config import WorkerConfig
+from worker.constraints.grammars import numerics as grammar_numerics
 from worker.model import ModelConfig
 from worker.runner.runner import TorchRunner
 
@@ -19,8 +20,13 @@ REFERENCE_NUMERICS_VERSION = 1
 """To be counted up whenever the reference kernels give other bits than before."""
 
 
-def describe(config: WorkerConfig, runner: TorchRunner, weights: str) -> pb.WorkerInfo:
-    """What routers are told; `weights` is the digest of the model's weights."""
+def describe(config: WorkerConfig, runner: TorchRunner, weights: str, *, constraints: bool) -> pb.WorkerInfo:
+    """What routers are told.
+
+    Args:
+        weights: the digest of the model's weights.
+        constraints: whether its output can be held to a format.
+    """
     model = runner.config
     dtype = str(runner.dtype).removeprefix("torch.")
     tokenizer = _digest(config.model / "tokenizer.json")
@@ -34,10 +40,15 @@ def describe(config: WorkerConfig, runner: TorchRunner, weights: str) -> pb.Work
         f"backend reference {REFERENCE_NUMERICS_VERSION} torch {torch.__version__}",
         f"isa {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"tp {config.tp} pp 1",
+        grammar_numerics(),
     )
     capabilities = [models_pb2.CAPABILITY_GENERATE]
     if has_chat_template(config.model):
         capabilities.append(models_pb2.CAPABILITY_CHAT)
+    features = [pb.FEATURE_SAMPLING, pb.FEATURE_PENALTIES, pb.FEATURE_LOGPROBS, pb.FEATURE_CHOICES]
+    if constraints:
+        capabilities.append(models_pb2.CAPABILITY_CONSTRAINTS)
+        features.append(pb.FEATURE_CONSTRAINTS)
     return pb.WorkerInfo(
         worker_id=config.id,
         boot_id=uuid.uuid4().hex,
@@ -58,7 +69,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, weights: str) -> pb.Work
         num_blocks=runner.num_blocks,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
-        features=[pb.FEATURE_SAMPLING, pb.FEATURE_PENALTIES, pb.FEATURE_LOGPROBS, pb.FEATURE_CHOICES],
+        features=features,
         backend="reference",
         model_fingerprint=fingerprint,
         kv_dtype=dtype,

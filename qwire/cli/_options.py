@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -29,6 +30,18 @@ def bias(value: str) -> tuple[int, float]:
     except ValueError:
         pass
     raise click.BadParameter(f"{value!r} is not of the form 42=-1.5")
+
+
+def file_or_text(value: str) -> str:
+    """The content of a file of that name, or the text itself where it can't be a name; a usage error for neither."""
+    if "\n" in value or value.lstrip().startswith("{") or value in ("true", "false"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if ":" in value:  # a grammar on one line
+            return value
+        raise click.BadParameter(f"{value!r} can't be read: {error}") from error
 
 
 def _all(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
@@ -97,6 +110,14 @@ def sampling_options(function: _Function) -> _Function:
         ),
         click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's own end."),
         click.option("--include-stop", is_flag=True, default=None, help="Keep the stop text in the output."),
+        click.option("--json-schema", type=file_or_text, metavar="FILE|JSON", help="Hold the output to a JSON schema."),
+        click.option("--json-object", is_flag=True, default=None, help="Hold the output to any JSON object."),
+        click.option("--regex", metavar="REGEX", help="Hold the output to a regular expression."),
+        click.option("--grammar", type=file_or_text, metavar="FILE|LARK", help="Hold the output to a Lark grammar."),
+        click.option("--choice", multiple=True, metavar="TEXT", help="Hold the output to one of these; repeatable."),
+        click.option(
+            "--free-thinking", is_flag=True, default=None, help="Leave a thinking section free of the constraint."
+        ),
         click.option(
             "--enable-thinking/--no-enable-thinking", default=None, help="Ask a thinking model to think, or not to."
         ),
@@ -108,6 +129,6 @@ def flatten_lists(options: dict[str, Any]) -> dict[str, Any]:
     flat = {
         name: [item for items in options[name] for item in items] for name in ("stop_token_ids", "allowed_token_ids")
     }
-    plain = {name: list(options[name]) for name in ("stop", "bad_words")}
+    plain = {name: list(options[name]) for name in ("stop", "bad_words", "choice")}
     lists = {name: items or None for name, items in {**flat, **plain}.items()}
     return {**options, **lists, "logit_bias": dict(options["logit_bias"]) or None}

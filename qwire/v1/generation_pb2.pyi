@@ -81,7 +81,11 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 4
     """max_tokens were generated."""
     FINISH_REASON_CONSTRAINT: _FinishReason.ValueType  # 5
-    """The constraint allows nothing more."""
+    """The output is what the constraint asks for, and nothing may follow."""
+    FINISH_REASON_DEAD_END: _FinishReason.ValueType  # 6
+    """No token was left that constraint, allowed_token_ids, bad_words and min_tokens allow together. Under a constraint,
+    the output is not what it asks for.
+    """
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a choice ended."""
@@ -96,7 +100,11 @@ FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 3
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 4
 """max_tokens were generated."""
 FINISH_REASON_CONSTRAINT: FinishReason.ValueType  # 5
-"""The constraint allows nothing more."""
+"""The output is what the constraint asks for, and nothing may follow."""
+FINISH_REASON_DEAD_END: FinishReason.ValueType  # 6
+"""No token was left that constraint, allowed_token_ids, bad_words and min_tokens allow together. Under a constraint,
+the output is not what it asks for.
+"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -148,7 +156,7 @@ class GenerateRequest(_message.Message):
     def stop(self) -> Global___StopOptions: ...
     @_builtins.property
     def constraint(self) -> Global___Constraint:
-        """Holds the output to a format. Not in this release: INVALID_ARGUMENT."""
+        """Holds the output to a format, where ModelInfo.capabilities names CAPABILITY_CONSTRAINTS."""
 
     @_builtins.property
     def output(self) -> Global___OutputOptions: ...
@@ -403,7 +411,16 @@ Global___StopOptions: _TypeAlias = StopOptions  # noqa: Y015
 
 @_typing.final
 class Constraint(_message.Message):
-    """Holds the output to a format."""
+    """Holds the output to a format: no token is drawn behind which the output could not become what is asked for. A choice
+    whose output is complete ends FINISH_REASON_CONSTRAINT as soon as nothing but the end could follow; where the output
+    may go on as well, the model decides, and ends it with an end-of-sequence token (under ignore_eos it goes on). Before
+    min_tokens it can't end it so, but an output behind which nothing may come ends even then. max_tokens and stops cut
+    an output off wherever it stands.
+
+    One that is malformed, not supported or too expensive is refused before the stream begins: INVALID_ARGUMENT,
+    INVALID_CONSTRAINT. One that turns out too expensive while it is followed ends the stream with INVALID_ARGUMENT,
+    CONSTRAINT_TOO_COMPLEX. Neither makes sense to send again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -426,7 +443,9 @@ class Constraint(_message.Message):
 
         TEXTS_FIELD_NUMBER: _builtins.int
         @_builtins.property
-        def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """At least one, at most 1,024, none of them empty."""
+
         def __init__(
             self,
             *,
@@ -443,12 +462,24 @@ class Constraint(_message.Message):
     REGEX_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    FREE_THINKING_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema; the output is a JSON document that it accepts."""
+    """A JSON schema, nested at most 64 deep; the output is a JSON document that it accepts, on one line, with a space
+    behind each comma and colon, and properties in the schema's order. Keywords that can't be followed exactly are
+    followed more narrowly where that is possible: an array under uniqueItems has one item at most, then and else
+    hold whatever if says, dependencies as if all of their properties were there. Others (a oneOf whose schemas
+    overlap, not, contains, patterns that look around) and references to other documents are refused. Formats that
+    are not known are ignored.
+    """
     regex: _builtins.str
-    """A regular expression that the whole output matches."""
+    """A regular expression that the whole output matches, in the syntax of Rust's regex crate without anchors."""
     grammar: _builtins.str
-    """A context-free grammar in Lark's notation."""
+    """A context-free grammar in Lark's notation, as llguidance reads it; the rule "start" is the whole output."""
+    free_thinking: _builtins.bool
+    """Leaves a thinking section free: one that the prompt has opened, or that the output begins with. What comes behind
+    its end is held to the format; within it, end-of-sequence tokens are not drawn. INVALID_ARGUMENT where the model has
+    no tokens <think> and </think>. Unset means false.
+    """
     @_builtins.property
     def json_object(self) -> Global___Constraint.JsonObject:
         """Any JSON object."""
@@ -465,13 +496,19 @@ class Constraint(_message.Message):
         regex: _builtins.str = ...,
         grammar: _builtins.str = ...,
         choice: Global___Constraint.Choice | None = ...,
+        free_thinking: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_free_thinking", b"_free_thinking", "choice", b"choice", "free_thinking", b"free_thinking", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_free_thinking", b"_free_thinking", "choice", b"choice", "free_thinking", b"free_thinking", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__free_thinking: _TypeAlias = _typing.Literal["free_thinking"]  # noqa: Y015
+    _WhichOneofArgType__free_thinking: _TypeAlias = _typing.Literal["_free_thinking", b"_free_thinking"]  # noqa: Y015
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "grammar", "choice"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__free_thinking) -> _WhichOneofReturnType__free_thinking | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Constraint: _TypeAlias = Constraint  # noqa: Y015

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15qwire/v1/models.proto\x12\x08qwire.v1\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.qwire.v1.ModelInfo\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.qwire.v1.ModelInfo\"\xa7\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12*\n\x0c\x63\x61pabilities\x18\x07 \x03(\x0e\x32\x14.qwire.v1.Capability\x12\x33\n\x10\x64\x65\x66\x61ult_sampling\x18\x08 \x01(\x0b\x32\x19.qwire.v1.DefaultSampling\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x18\n\x10tokenizer_digest\x18\n \x01(\t\x12\x13\n\x0bnumerics_id\x18\x0b \x01(\t\"o\n\x0f\x44\x65\x66\x61ultSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02*\x82\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41PABILITY_GENERATE\x10\x01\x12\x13\n\x0f\x43\x41PABILITY_CHAT\x10\x02\x12\x14\n\x10\x43\x41PABILITY_EMBED\x10\x03\x12\x14\n\x10\x43\x41PABILITY_SCORE\x10\x04\x32\x9a\x01\n\x0cModelService\x12G\n\nListModels\x12\x1b.qwire.v1.ListModelsRequest\x1a\x1c.qwire.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.qwire.v1.GetModelRequest\x1a\x1a.qwire.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15qwire/v1/models.proto\x12\x08qwire.v1\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.qwire.v1.ModelInfo\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.qwire.v1.ModelInfo\"\xa7\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12*\n\x0c\x63\x61pabilities\x18\x07 \x03(\x0e\x32\x14.qwire.v1.Capability\x12\x33\n\x10\x64\x65\x66\x61ult_sampling\x18\x08 \x01(\x0b\x32\x19.qwire.v1.DefaultSampling\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x18\n\x10tokenizer_digest\x18\n \x01(\t\x12\x13\n\x0bnumerics_id\x18\x0b \x01(\t\"o\n\x0f\x44\x65\x66\x61ultSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02*\x9e\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41PABILITY_GENERATE\x10\x01\x12\x13\n\x0f\x43\x41PABILITY_CHAT\x10\x02\x12\x14\n\x10\x43\x41PABILITY_EMBED\x10\x03\x12\x14\n\x10\x43\x41PABILITY_SCORE\x10\x04\x12\x1a\n\x16\x43\x41PABILITY_CONSTRAINTS\x10\x05\x32\x9a\x01\n\x0cModelService\x12G\n\nListModels\x12\x1b.qwire.v1.ListModelsRequest\x1a\x1c.qwire.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.qwire.v1.GetModelRequest\x1a\x1a.qwire.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qwire.v1.models_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CAPABILITY']._serialized_start=617
-  _globals['_CAPABILITY']._serialized_end=747
+  _globals['_CAPABILITY']._serialized_end=775
   _globals['_LISTMODELSREQUEST']._serialized_start=35
   _globals['_LISTMODELSREQUEST']._serialized_end=54
   _globals['_LISTMODELSRESPONSE']._serialized_start=56
@@ -45,6 +45,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELINFO']._serialized_end=501
   _globals['_DEFAULTSAMPLING']._serialized_start=503
   _globals['_DEFAULTSAMPLING']._serialized_end=614
-  _globals['_MODELSERVICE']._serialized_start=750
-  _globals['_MODELSERVICE']._serialized_end=904
+  _globals['_MODELSERVICE']._serialized_start=778
+  _globals['_MODELSERVICE']._serialized_end=932
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """Embed."""
     CAPABILITY_SCORE: _Capability.ValueType  # 4
     """Score."""
+    CAPABILITY_CONSTRAINTS: _Capability.ValueType  # 5
+    """GenerateRequest.constraint: the model folder holds a tokenizer that the grammar library reads."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """What a model can be asked for."""
@@ -47,6 +49,8 @@ CAPABILITY_EMBED: Capability.ValueType  # 3
 """Embed."""
 CAPABILITY_SCORE: Capability.ValueType  # 4
 """Score."""
+CAPABILITY_CONSTRAINTS: Capability.ValueType  # 5
+"""GenerateRequest.constraint: the model folder holds a tokenizer that the grammar library reads."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -157,7 +161,7 @@ class ModelInfo(_message.Message):
     """SHA-256 of tokenizer.json, in hex."""
     numerics_id: _builtins.str
     """Workers with the same id give the same tokens for the same request: weights, configuration, tokenizer, dtype,
-    kernels and their instruction set all agree. Hex.
+    kernels, their instruction set and the grammar library all agree. Hex.
     """
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___Capability.ValueType]: ...

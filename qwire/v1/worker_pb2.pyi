@@ -68,6 +68,8 @@ class _RefusedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refused
     """Needs more KV blocks than the worker has."""
     REFUSED_REASON_INVALID: _RefusedReason.ValueType  # 4
     """Something in Submit is out of range: a fault of the router."""
+    REFUSED_REASON_CONSTRAINT: _RefusedReason.ValueType  # 5
+    """The constraint is malformed, not supported or too expensive: it would be anywhere else."""
 
 class RefusedReason(_RefusedReason, metaclass=_RefusedReasonEnumTypeWrapper): ...
 
@@ -80,6 +82,8 @@ REFUSED_REASON_TOO_LARGE: RefusedReason.ValueType  # 3
 """Needs more KV blocks than the worker has."""
 REFUSED_REASON_INVALID: RefusedReason.ValueType  # 4
 """Something in Submit is out of range: a fault of the router."""
+REFUSED_REASON_CONSTRAINT: RefusedReason.ValueType  # 5
+"""The constraint is malformed, not supported or too expensive: it would be anywhere else."""
 Global___RefusedReason: _TypeAlias = RefusedReason  # noqa: Y015
 
 class _EndReason:
@@ -95,6 +99,10 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The last id is one of stop_token_ids."""
     END_REASON_LENGTH: _EndReason.ValueType  # 3
     """max_tokens are there."""
+    END_REASON_CONSTRAINT: _EndReason.ValueType  # 4
+    """The constraint is met and allows nothing more. There may be no ids with this."""
+    END_REASON_DEAD_END: _EndReason.ValueType  # 5
+    """Constraint, allowed ids and banned ones together leave no id to draw. There are no ids with this."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper): ...
 
@@ -105,6 +113,10 @@ END_REASON_STOP_TOKEN: EndReason.ValueType  # 2
 """The last id is one of stop_token_ids."""
 END_REASON_LENGTH: EndReason.ValueType  # 3
 """max_tokens are there."""
+END_REASON_CONSTRAINT: EndReason.ValueType  # 4
+"""The constraint is met and allows nothing more. There may be no ids with this."""
+END_REASON_DEAD_END: EndReason.ValueType  # 5
+"""Constraint, allowed ids and banned ones together leave no id to draw. There are no ids with this."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _FailedReason:
@@ -116,12 +128,16 @@ class _FailedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailedRe
     FAILED_REASON_UNSPECIFIED: _FailedReason.ValueType  # 0
     FAILED_REASON_DEADLINE: _FailedReason.ValueType  # 1
     """remaining_ms ran out."""
+    FAILED_REASON_CONSTRAINT_TOO_COMPLEX: _FailedReason.ValueType  # 2
+    """Following the constraint took more work than a token may: it would anywhere else."""
 
 class FailedReason(_FailedReason, metaclass=_FailedReasonEnumTypeWrapper): ...
 
 FAILED_REASON_UNSPECIFIED: FailedReason.ValueType  # 0
 FAILED_REASON_DEADLINE: FailedReason.ValueType  # 1
 """remaining_ms ran out."""
+FAILED_REASON_CONSTRAINT_TOO_COMPLEX: FailedReason.ValueType  # 2
+"""Following the constraint took more work than a token may: it would anywhere else."""
 Global___FailedReason: _TypeAlias = FailedReason  # noqa: Y015
 
 @_typing.final
@@ -320,6 +336,7 @@ class Submit(_message.Message):
     REMAINING_MS_FIELD_NUMBER: _builtins.int
     PREFIX_ROOT_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     MOVED_FIELD_NUMBER: _builtins.int
     WAITED_MS_FIELD_NUMBER: _builtins.int
     SUSPECT_FIELD_NUMBER: _builtins.int
@@ -349,6 +366,10 @@ class Submit(_message.Message):
 
     @_builtins.property
     def params(self) -> Global___ResolvedParams: ...
+    @_builtins.property
+    def constraint(self) -> _generation_pb2.Constraint:
+        """As the caller gave it. The worker brings it behind each choice's generated_ids before it admits the attempt."""
+
     def __init__(
         self,
         *,
@@ -359,13 +380,14 @@ class Submit(_message.Message):
         remaining_ms: _builtins.int | None = ...,
         prefix_root: _builtins.bytes = ...,
         bypass_prefix_cache: _builtins.bool = ...,
+        constraint: _generation_pb2.Constraint | None = ...,
         moved: _builtins.bool = ...,
         waited_ms: _builtins.int = ...,
         suspect: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "params", b"params", "remaining_ms", b"remaining_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "constraint", b"constraint", "params", b"params", "remaining_ms", b"remaining_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "waited_ms", b"waited_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "constraint", b"constraint", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__remaining_ms: _TypeAlias = _typing.Literal["remaining_ms"]  # noqa: Y015
     _WhichOneofArgType__remaining_ms: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms"]  # noqa: Y015
@@ -580,8 +602,13 @@ class Refused(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     reason: Global___RefusedReason.ValueType
+    field: _builtins.str
+    """For REFUSED_REASON_CONSTRAINT: the field's path in GenerateRequest, and what is wrong with it in words for people."""
+    detail: _builtins.str
     @_builtins.property
     def retry_after(self) -> _duration_pb2.Duration:
         """When trying again makes sense; unset means never, here."""
@@ -592,10 +619,12 @@ class Refused(_message.Message):
         attempt: _builtins.int = ...,
         reason: Global___RefusedReason.ValueType = ...,
         retry_after: _duration_pb2.Duration | None = ...,
+        field: _builtins.str = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "retry_after", b"retry_after"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "detail", b"detail", "field", b"field", "reason", b"reason", "retry_after", b"retry_after"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -656,7 +685,7 @@ class SequenceStep(_message.Message):
 
     @_builtins.property
     def end(self) -> Global___SequenceEnd:
-        """With the choice's last ids."""
+        """With the choice's last ids, or without ids where none could be drawn."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprobs]:

@@ -29,6 +29,7 @@ edit_lists = st.lists(st.tuples(pairs, st.floats(0.25, 4, width=32)), unique_by=
     added=edit_lists,
     banned=edit_lists,
     allowed=st.dictionaries(st.integers(0, 3), st.lists(st.integers(0, 19), min_size=1, unique=True), max_size=2),
+    masks=st.dictionaries(st.integers(0, 3), st.lists(st.booleans(), min_size=20, max_size=20), max_size=2),
     seed=st.integers(0, 99),
 )
 def test_edits(
@@ -36,6 +37,7 @@ def test_edits(
     added: list[tuple[tuple[int, int], float]],
     banned: list[tuple[tuple[int, int], float]],
     allowed: dict[int, list[int]],
+    masks: dict[int, list[bool]],
     seed: int,
 ) -> None:
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed))
@@ -48,6 +50,10 @@ def test_edits(
     for row, ids in allowed.items():
         for token in set(range(20)) - set(ids):
             expected[row, token] = -torch.inf
+    for row, mask in masks.items():
+        for token, open_ in enumerate(mask):
+            if not open_:
+                expected[row, token] = -torch.inf
     for (row, token), _ in banned:
         expected[row, token] = -torch.inf
 
@@ -55,7 +61,11 @@ def test_edits(
         return entries([(row, token, value) for (row, token), value in items])
 
     edits = LogitEdits(
-        flat(repeated), flat(added), {row: np.array(ids, np.int64) for row, ids in allowed.items()}, flat(banned)
+        flat(repeated),
+        flat(added),
+        {row: np.array(ids, np.int64) for row, ids in allowed.items()},
+        {row: np.array(mask, np.bool_) for row, mask in masks.items()},
+        flat(banned),
     )
     KERNELS.edit_logits(logits, edits)
     assert torch.equal(logits, expected)

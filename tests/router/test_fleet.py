@@ -82,6 +82,20 @@ async def test_what_may_not_be_shared_counts_as_not_there() -> None:
         assert (place.link, place.uncached_tokens) == (empty, 100)
 
 
+async def test_a_request_goes_only_where_all_it_needs_is() -> None:
+    needs = frozenset({pb.FEATURE_CONSTRAINTS})
+    plain, able = make_link(0), make_link(1)
+    assert able.info is not None
+    able.info.features.append(pb.FEATURE_CONSTRAINTS)
+    hold(plain, PROMPT)
+    fleet = make_fleet(plain, able)
+    assert (await fleet.place("m", PROMPT, SCOPE)).link is plain
+    assert (await fleet.place("m", PROMPT, SCOPE, needs=needs)).link is able
+    with pytest.raises(QwireError) as caught:
+        await make_fleet(plain).place("m", PROMPT, SCOPE, needs=needs)
+    assert caught.value.reason == Reason.NO_WORKER
+
+
 async def test_hashes_are_computed_once_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     links = [make_link(0), make_link(1), make_link(2, fingerprint=b"g"), make_link(3, fingerprint=b"g")]
     for link in links:

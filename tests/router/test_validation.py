@@ -43,6 +43,10 @@ def user(text: str | None = "hi", **more: object) -> tok.Message:
     return tok.Message(role=tok.ROLE_USER, content=text, **more)  # type: ignore[arg-type]
 
 
+def texts(*choices: str) -> pb.Constraint:
+    return pb.Constraint(choice=pb.Constraint.Choice(texts=choices))
+
+
 def test_a_plain_request_passes() -> None:
     check(request(), CONFIG)
     check(request(chat=tok.Chat(messages=[user()])), CONFIG)
@@ -101,6 +105,17 @@ def test_a_plain_request_passes() -> None:
         ({"stop": pb.StopOptions(strings=["", "a" * 257])}, ["stop.strings[0]", "stop.strings[1]"]),
         ({"stop": pb.StopOptions(token_ids=range(65))}, ["stop.token_ids"]),
         *(({"output": pb.OutputOptions(logprobs=n)}, ["output.logprobs"]) for n in (-1, 21)),
+        ({"constraint": pb.Constraint()}, ["constraint"]),
+        ({"constraint": pb.Constraint(free_thinking=True)}, ["constraint"]),
+        *(
+            ({"constraint": pb.Constraint(**{kind: text})}, [f"constraint.{kind}"])
+            for kind in ("json_schema", "regex", "grammar")
+            for text in ("", "a" * (128 * 1024 + 1))
+        ),
+        ({"constraint": texts()}, ["constraint.choice.texts"]),
+        ({"constraint": texts(*["a"] * 1025)}, ["constraint.choice.texts"]),
+        ({"constraint": texts("a" * 100_000, "b" * 100_000)}, ["constraint.choice.texts"]),
+        ({"constraint": texts("a", "", "")}, ["constraint.choice.texts[1]", "constraint.choice.texts[2]"]),
     ],
 )
 def test_bad_values(fields: dict[str, object], named: list[str]) -> None:
@@ -121,7 +136,6 @@ def test_every_violation_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"constraint": pb.Constraint(regex="a")}, "constraint"),
         ({"priority": 0}, "priority"),
         ({"adapter": "a"}, "adapter"),
         ({"output": pb.OutputOptions(prompt_logprobs=0)}, "output.prompt_logprobs"),
@@ -145,6 +159,7 @@ def test_what_this_release_lacks_is_refused_by_name(fields: dict[str, object], n
         ({"sampling": pb.SamplingParams(logit_bias={77: 1})}, [1], "sampling.logit_bias[77]", "77"),
         ({"stop": pb.StopOptions(min_tokens=91)}, [1] * 10, "stop.min_tokens", "90"),
         ({}, [], "text", "no tokens"),
+        ({"constraint": texts("a")}, [1], "constraint", "m"),
     ],
 )
 def test_what_depends_on_the_model(fields: dict[str, object], prompt: list[int], named: str, limit: str) -> None:
@@ -153,6 +168,20 @@ def test_what_depends_on_the_model(fields: dict[str, object], prompt: list[int],
     (violation,) = caught.value.violations
     assert violation.field == named
     assert limit in violation.description
+
+
+def test_constraints_in_range_pass() -> None:
+    able = models_pb2.ModelInfo()
+    able.CopyFrom(MODEL)
+    able.capabilities.append(models_pb2.CAPABILITY_CONSTRAINTS)
+    for constraint in (
+        texts("a", "a"),
+        pb.Constraint(json_object=pb.Constraint.JsonObject(), free_thinking=True),
+        pb.Constraint(json_schema="true"),
+        pb.Constraint(regex="a" * 128 * 1024),
+    ):
+        check(request(constraint=constraint), CONFIG)
+        check_prompt(request(constraint=constraint), [1], able, CONFIG)
 
 
 def test_the_context_may_be_filled_to_the_last_token() -> None:

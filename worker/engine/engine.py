@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from worker.engine.block_pool import BlockPool, CacheChanges
-from worker.engine.plan import Clock, Drawn, ModelRunner
+from worker.engine.constraint import Standing
+from worker.engine.plan import NO_TOKEN, Clock, Drawn, ModelRunner
 from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from worker.engine.sequence import EndReason, Request, SequenceState
 
@@ -52,6 +53,7 @@ class SequenceReport:
     token_index: int
     """Index of `drawn` among the choice's generated ids."""
     drawn: Drawn
+    """`NO_TOKEN` where no id could be drawn: then it has ended."""
     start: Start | None
     end: EndReason | None
 
@@ -76,6 +78,9 @@ class StepReport:
     number: int
     sequences: list[SequenceReport]
     expired: list[Hashable]
+    """Requests whose deadline has passed."""
+    too_complex: list[Hashable]
+    """Requests with a choice whose constraint took more work than it may."""
     load: LoadReport
     cache: CacheChanges
     """What the prefix cache holds now and didn't before the step, and the other way around; empty if not watched."""
@@ -150,6 +155,8 @@ class Engine:
         self._executing: list[SequenceState] = []
         self._executing_tokens = 0
         self._pace = _Pace()
+        self._failed: list[Hashable] = []
+        """Requests of which a choice has failed in the step that runs."""
         self._aborted_some = False
         self.steps = 0
         self.load = self._count_load()
@@ -223,10 +230,13 @@ class Engine:
         if not (scheduled.sequences or late or self._aborted_some or snapshot):
             return None
         reports = self._execute(scheduled, now) if scheduled.sequences else []
+        too_complex = self._end_failed()
+        reports = [report for report in reports if report.key not in too_complex]
         self._aborted_some = False
         self.load = self._count_load()
         cache = self.pool.take_changes()
-        return StepReport(self.steps, reports, late, self.load, cache, self.pool.hashes() if snapshot else None)
+        hashes = self.pool.hashes() if snapshot else None
+        return StepReport(self.steps, reports, late, too_complex, self.load, cache, hashes)
 
     def _execute(self, scheduled: Scheduled, now: float) -> list[SequenceReport]:
         self._executing_tokens = scheduled.plan.num_tokens
@@ -252,19 +262,26 @@ class Engine:
             start = Start(sequence.cached_tokens, began - sequence.arrival, self._clock() - began)
         forks = [sequence.fork(choice, token.token_id) for choice, token in enumerate(others, sequence.choice + 1)]
         sequence.unborn = 0
-        sequence.tokens.append(first.token_id)
-        reports = [
-            SequenceReport(request.key, member.choice, member.num_generated - 1, token, None, member.end_reason())
-            for member, token in zip((sequence, *forks), drawn, strict=True)
-        ]
+        sequence.take(first.token_id)
+        reports = [_report(member, token) for member, token in zip((sequence, *forks), drawn, strict=True)]
         reports[0] = replace(reports[0], start=start)
         self._requests[request.key] += forks
         for fork in forks:
             self.scheduler.fork(sequence, fork)
         for member, report in zip((sequence, *forks), reports, strict=True):
-            if report.end is not None:
+            if member.standing is Standing.FAILED:
+                self._failed.append(request.key)
+            elif report.end is not None:
                 self._end(member)
         return reports
+
+    def _end_failed(self) -> list[Hashable]:
+        """Ends the requests of which a choice has failed, and returns their keys."""
+        failed, self._failed = list(dict.fromkeys(self._failed)), []
+        for key in failed:
+            for sequence in list(self._requests[key]):
+                self._end(sequence)
+        return failed
 
     def _take_inbox(self) -> bool:
         """Takes in what arrived; returns whether a snapshot of the prefix cache is wanted."""
@@ -329,3 +346,9 @@ class Engine:
     def _has_work(self) -> bool:
         inbox = self._inbox
         return bool(inbox.submits or inbox.aborts or inbox.snapshot or inbox.stopping)
+
+
+def _report(sequence: SequenceState, drawn: Drawn) -> SequenceReport:
+    """What was drawn for a sequence that has taken it in."""
+    index = sequence.num_generated - (drawn.token_id != NO_TOKEN)
+    return SequenceReport(sequence.request.key, sequence.choice, index, drawn, None, sequence.end_reason())

@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from worker.engine.constraint import TokenMask
+
 GREEDY_TEMPERATURE = 0.0
+
+NO_TOKEN = -1
+"""What stands for the id where edits and mask left none to draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,13 @@ class Draw:
     """The choice's ids so far; like `prompt_ids`, given where the parameters have penalties."""
     banned_ids: Sequence[int] = ()
     """Ids that may not be drawn here."""
+    mask: TokenMask | None = None
+    """The only ids that may be drawn here, if there is a constraint."""
+
+    @property
+    def restricted(self) -> bool:
+        """Whether there may be ids that can't be drawn."""
+        return bool(self.params.allowed_ids or self.banned_ids) or self.mask is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,7 @@ class Drawn:
     """A drawn id, with its log-probability and the most probable ids where asked for: before edits and filters."""
 
     token_id: int
+    """`NO_TOKEN` where a restricted draw was left without an id."""
     logprob: float | None = None
     top: Sequence[tuple[int, float]] = ()
     """(id, log-probability), most probable first, ties by id."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
-from worker.engine.plan import Draw, SamplingParams
+from worker.engine.constraint import ConstraintState, Standing
+from worker.engine.plan import NO_TOKEN, Draw, SamplingParams
 
 
 class EndReason(Enum):
@@ -19,6 +20,10 @@ class EndReason(Enum):
 
     EOS = "eos"
     STOP_TOKEN = "stop token"  # noqa: S105
+    CONSTRAINT = "constraint"
+    """Its constraint is met and allows nothing more."""
+    DEAD_END = "dead end"
+    """No id could be drawn."""
     LENGTH = "length"
 
 
@@ -39,6 +44,8 @@ class Request:
     """Until so many ids are generated, no id ends a choice: such ids are not drawn."""
     bad_words: Ids[Ids[int]] = ()
     """Sequences of ids whose last one is not drawn behind the others."""
+    constraints: Ids[ConstraintState] = ()
+    """If there are any, one a choice: where it stands behind the ids in `choices`. They are the engine's to advance."""
     eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
     deadline: float = math.inf
@@ -83,31 +90,47 @@ class SequenceState:
     """Prompt tokens found in the prefix cache when it first ran."""
     first_scheduled: float | None = None
     preemptions: int = 0
+    constraint: ConstraintState | None = None
+    standing: Standing = Standing.OPEN
+    """How it stands to its constraint."""
 
     @classmethod
     def of(cls, request: Request, arrival: float) -> list[SequenceState]:
         """The sequences that a request begins with. Choices of which nothing is generated yet are one sequence until
         their prompt is computed; others find what they share in the prefix cache."""
         count = len(request.choices)
+        constraints: Ids[ConstraintState | None] = request.constraints or [None] * count
         if count > 1 and not any(request.choices) and not request.ended:
-            return [cls(request, arrival, 0, list(request.prompt_ids), unborn=count - 1)]
+            return [cls(request, arrival, 0, list(request.prompt_ids), unborn=count - 1, constraint=constraints[0])]
         return [
-            cls(request, arrival, choice, [*request.prompt_ids, *generated])
-            for choice, generated in enumerate(request.choices)
+            cls(request, arrival, choice, [*request.prompt_ids, *generated], constraint=constraint)
+            for choice, (generated, constraint) in enumerate(zip(request.choices, constraints, strict=True))
             if choice not in request.ended
         ]
 
     def fork(self, choice: int, token: int) -> SequenceState:
         """Another choice that begins with `token` behind the same prompt; it has no blocks yet."""
-        return SequenceState(
+        child = SequenceState(
             self.request,
             self.arrival,
             choice,
-            [*self.request.prompt_ids, token],
+            list(self.request.prompt_ids),
             hashes=self.hashes[:],
             cached_tokens=self.cached_tokens,
             first_scheduled=self.first_scheduled,
+            constraint=self.constraint.fork() if self.constraint is not None else None,
         )
+        child.take(token)
+        return child
+
+    def take(self, token: int) -> None:
+        """Takes in what was drawn for it: an id, or `NO_TOKEN`."""
+        if token == NO_TOKEN:
+            self.standing = self.constraint.undrawn() if self.constraint is not None else Standing.STUCK
+            return
+        self.tokens.append(token)
+        if self.constraint is not None and token not in self.request.stop_ids and token not in self.request.eos_ids:
+            self.standing = self.constraint.advance(token)
 
     def draw(self, choice: int) -> Draw:
         """How the next token of this sequence is drawn, or the first of a choice that begins with it."""
@@ -120,6 +143,7 @@ class SequenceState:
             prompt_ids=request.prompt_ids if penalized else (),
             generated_ids=self.tokens[len(request.prompt_ids) :] if penalized else (),
             banned_ids=self._banned() if request.min_tokens or request.bad_words else (),
+            mask=self.constraint.mask() if self.constraint is not None else None,
         )
 
     def _banned(self) -> list[int]:
@@ -162,7 +186,11 @@ class SequenceState:
         return self.hashes[index - 1] if index else self.request.prefix_root
 
     def end_reason(self) -> EndReason | None:
-        """Whether the newest token is the last."""
+        """Whether there is nothing to come behind what was drawn last."""
+        if self.standing is Standing.COMPLETE:
+            return EndReason.CONSTRAINT
+        if self.standing is Standing.STUCK:
+            return EndReason.DEAD_END
         newest = self.tokens[-1]
         if newest in self.request.stop_ids:
             return EndReason.STOP_TOKEN

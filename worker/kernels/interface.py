@@ -91,6 +91,8 @@ class LogitEdits:
     """The value is added (frequency and presence penalty, bias)."""
     allowed: Mapping[int, npt.NDArray[np.int64]]
     """By row: all other ids become -inf."""
+    masks: Mapping[int, npt.NDArray[np.bool_]]
+    """By row, [V]: ids where it is False become -inf."""
     banned: Entries
     """Become -inf; the values don't matter."""
 

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.plan import Draw, Drawn
+from worker.engine.plan import NO_TOKEN, Draw, Drawn
 from worker.kernels import Kernels, SamplingBatch
 from worker.runner.edits import build_edits
 
 
 def draw_all(kernels: Kernels, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """One id for each row of float32 logits [draws, V], which are overwritten."""
+    """One id for each row of float32 logits [draws, V], which are overwritten; `NO_TOKEN` where edits leave none."""
     asked = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
     raw = logits[asked] if asked else None  # a copy: edits don't show in log-probabilities
-    edits = build_edits(draws)
+    edits = build_edits(draws, logits.shape[1])
     if edits is not None:
         kernels.edit_logits(logits, edits)
     tokens = kernels.sample(logits, build_sampling(draws))
@@ -29,6 +29,12 @@ def draw_all(kernels: Kernels, logits: Tensor, draws: Sequence[Draw]) -> list[Dr
         for row, count, logprob, top_ids, top_values in rows:
             top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
             drawn[row] = Drawn(drawn[row].token_id, logprob, top)
+    restricted = [row for row, draw in enumerate(draws) if draw.restricted]
+    if restricted:
+        # Without an id to draw, the one that came out is as impossible as all others.
+        impossible = logits[restricted, tokens[restricted]] == -torch.inf
+        for row in torch.tensor(restricted)[impossible].tolist():
+            drawn[row] = Drawn(NO_TOKEN)
     return drawn
 
 

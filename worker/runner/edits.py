@@ -11,12 +11,13 @@ from worker.engine.plan import Draw
 from worker.kernels.interface import Entries, LogitEdits
 
 
-def build_edits(draws: Sequence[Draw]) -> LogitEdits | None:
-    """One row a draw; None if no logit changes."""
-    if not any(draw.params.edits_logits or draw.banned_ids for draw in draws):
+def build_edits(draws: Sequence[Draw], vocab_size: int) -> LogitEdits | None:
+    """One row a draw; None if no logit changes. Waits for the masks."""
+    if not any(draw.params.edits_logits or draw.restricted for draw in draws):
         return None
     repeated, added, banned = _Flat(), _Flat(), _Flat()
     allowed: dict[int, npt.NDArray[np.int64]] = {}
+    masks: dict[int, npt.NDArray[np.bool_]] = {}
     for row, draw in enumerate(draws):
         params = draw.params
         if params.repetition_penalty != 1.0:
@@ -27,10 +28,12 @@ def build_edits(draws: Sequence[Draw]) -> LogitEdits | None:
             added.add(row, np.fromiter(shifts, np.int64), np.fromiter(shifts.values(), np.float32))
         if params.allowed_ids:
             allowed[row] = np.array(sorted(set(params.allowed_ids)), np.int64)
+        if draw.mask is not None:
+            masks[row] = _mask(draw.mask.bits(), vocab_size)
         if draw.banned_ids:
             ids = np.array(sorted(set(draw.banned_ids)), np.int64)
             banned.add(row, ids, np.zeros(len(ids), np.float32))
-    return LogitEdits(repeated.entries(), added.entries(), allowed, banned.entries())
+    return LogitEdits(repeated.entries(), added.entries(), allowed, masks, banned.entries())
 
 
 def _shifts(draw: Draw) -> dict[int, float]:
@@ -43,6 +46,14 @@ def _shifts(draw: Draw) -> dict[int, float]:
             penalty = params.presence_penalty + count * params.frequency_penalty
             shifts[token] = shifts.get(token, 0.0) - penalty
     return dict(sorted(shifts.items()))
+
+
+def _mask(bits: bytes, vocab_size: int) -> npt.NDArray[np.bool_]:
+    packed = np.frombuffer(bits, np.uint8)[: -(-vocab_size // 8)]
+    mask = np.zeros(vocab_size, np.bool_)
+    count = min(vocab_size, 8 * len(packed))
+    mask[:count] = np.unpackbits(packed, count=count, bitorder="little")
+    return mask
 
 
 class _Flat:
