@@ -33,7 +33,8 @@ QWIRE_INLINE void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-QWIRE_INLINE f32v splat(float x) { return f32v{} + x; }
+// A difference, because x - 0 is x: the compiler may drop it, which it may not with x + 0 (-0 + 0 is 0).
+QWIRE_INLINE f32v splat(float x) { return x - f32v{}; }
 
 // a * b + c, rounded once where the instruction set has it.
 QWIRE_INLINE f32v fma(f32v a, f32v b, f32v c) {
