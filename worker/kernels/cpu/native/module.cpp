@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "attention.h"
+#include "linear.h"
+#include "machine_limits.h"
 #include "pool.h"
 #include "rows.h"
 #include "select.h"
@@ -38,7 +40,7 @@ std::vector<std::string> instruction_sets() {
 
 using Address = uintptr_t;
 
-template <class T>
+template <class T = void>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
@@ -92,6 +94,63 @@ void total_mass(Address logits, Address peaks, int64_t rows, int64_t size, Addre
     qwire::total_mass(at<const float>(logits), at<const float>(peaks), rows, size, at<double>(masses));
 }
 
+// Kernels may take long enough for other Python threads to want the lock.
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void def_linear(py::module_& module) {
+    using qwire::Format;
+    module.def("packed_bytes",
+               [](int format, int64_t out, int64_t in) { return qwire::packed_bytes(Format(format), out, in); });
+    module.def(
+        "pack_floats",
+        [](int format, Address packed, int64_t in, int64_t first, int64_t count, int source, Address rows) {
+            qwire::pack_floats(Format(format), at(packed), in, first, count, Format(source), at(rows));
+        },
+        Unlocked());
+    module.def(
+        "pack_int8",
+        [](Address packed, int64_t in, int64_t first, int64_t count, Address q, Address scale) {
+            qwire::pack_int8(at(packed), in, first, count, at<int8_t>(q), at<uint16_t>(scale));
+        },
+        Unlocked());
+    module.def(
+        "pack_int4",
+        [](Address packed, int64_t in, int64_t first, int64_t count, Address q, Address scale, Address zero) {
+            qwire::pack_int4(at(packed), in, first, count, at<uint8_t>(q), at<uint16_t>(scale),
+                             at<uint8_t>(zero));
+        },
+        Unlocked());
+    module.def(
+        "linear",
+        [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,
+           int64_t x_stride, Address y, int64_t y_stride) {
+            qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x),
+                          x_stride, at<float>(y), y_stride);
+        },
+        Unlocked());
+    module.def(
+        "quantize_rows",
+        [](Address memory, int64_t rows, int64_t size, Address x, int64_t x_stride) {
+            qwire::quantize_rows({at(memory), rows, size}, at<float>(x), x_stride);
+        },
+        Unlocked());
+    module.def("quantized_rows_bytes", &qwire::QuantizedRows::bytes);
+    module.def(
+        "linear_quantized",
+        [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address memory,
+           Address y, int64_t y_stride) {
+            qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in},
+                          at<float>(y), y_stride);
+        },
+        Unlocked());
+    module.def(
+        "embed",
+        [](int format, Address packed, int64_t out, int64_t in, int64_t count, Address ids, Address y) {
+            qwire::embed(Format(format), at(packed), out, in, count, at<int64_t>(ids), at<float>(y));
+        },
+        Unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(QWIRE_MODULE, module) {
@@ -105,4 +164,8 @@ PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("argmax", &argmax);
     module.def("top_values", &top_values);
     module.def("total_mass", &total_mass);
+    module.def("measure_read_bandwidth", &qwire::measure_read_bandwidth, py::arg("seconds"), Unlocked());
+    module.def("measure_fma", &qwire::measure_fma, py::arg("seconds"), Unlocked());
+    module.def("measure_int8", &qwire::measure_int8, py::arg("seconds"), Unlocked());
+    def_linear(module);
 }
