@@ -37,15 +37,19 @@ constexpr int kRows = 3, kVectors = 1;
 constexpr int kPanel = kVectors * kLanes;  // columns of a panel
 constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
 
-constexpr int kQueryRows = 128;  // rows of a task, about: fewer repeat the packing, more leave the second-level cache
+constexpr int kQueryRows = 192;  // rows of a unit: fewer repeat the packing, more leave the second-level cache
 constexpr int kFewRows = 12;     // up to here values are read in place and KV tiles spread over tasks
 constexpr int kTasksAThread = 8;
+constexpr int kAhead = 64;  // keys or values, in the order of reading, that are asked for before they are read
+constexpr int kNear = 3;
 
 // c [M, 16 N] += a [M, count] * b [count, 16 N], in order of count; `fresh`: c is taken as 0.
 template <int M, int N>
 void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool fresh) {
     f32v sums[M][N];
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * c_stride + n * kLanes);
     for (int64_t k = 0; k < count; ++k) {
         f32v row[N];
@@ -55,7 +59,9 @@ void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, f
             for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
         }
     }
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
 }
 
@@ -80,12 +86,18 @@ constexpr int mix_vectors(int m) {
 #endif
 }
 
-// out [M, 16 N] = weights [M, count] * values [count, 16 N], in order; value k begins at values[offsets[k]].
+// Asks for the bytes [from, from + count) of a row.
+QWIRE_INLINE void prefetch(const void* from, int64_t count) {
+    for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, kNear);
+}
+
+// out [M, 16 N] = weights [M, count] * values [count, 16 N], in order; value k begins at values[k] + d.
 template <class T, int M, int N>
-void mix(int64_t count, const float* weights, const T* values, const int64_t* offsets, float* out, int64_t out_stride) {
+void mix(int64_t count, const float* weights, const T* const* values, int64_t d, float* out, int64_t out_stride) {
     f32v sums[M][N] = {};
     for (int64_t k = 0; k < count; ++k) {
-        const T* row = values + offsets[k];
+        prefetch(values[k + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
+        const T* row = values[k] + d;
         f32v factors[M];
         for (int m = 0; m < M; ++m) factors[m] = splat(weights[m * kTile + k]);
         for (int n = 0; n < N; ++n) {
@@ -93,23 +105,25 @@ void mix(int64_t count, const float* weights, const T* values, const int64_t* of
             for (int m = 0; m < M; ++m) sums[m][n] = fma(factors[m], value, sums[m][n]);
         }
     }
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) store(out + m * out_stride + n * kLanes, sums[m][n]);
 }
 
 // As `mix`, for any number of vectors.
 template <class T, int M, int N = mix_vectors(M)>
-void mix_all(int64_t vectors, int64_t count, const float* weights, const T* values, const int64_t* offsets, float* out,
+void mix_all(int64_t vectors, int64_t count, const float* weights, const T* const* values, int64_t d, float* out,
              int64_t out_stride) {
-    for (; vectors >= N; vectors -= N, values += N * kLanes, out += N * kLanes)
-        mix<T, M, N>(count, weights, values, offsets, out, out_stride);
+    for (; vectors >= N; vectors -= N, d += N * kLanes)
+        mix<T, M, N>(count, weights, values, d, out + d, out_stride);
     if constexpr (N > 1) {
-        if (vectors) mix_all<T, M, N / 2>(vectors, count, weights, values, offsets, out, out_stride);
+        if (vectors) mix_all<T, M, N / 2>(vectors, count, weights, values, d, out, out_stride);
     }
 }
 
 template <class T>
-using Mix = void (*)(int64_t, int64_t, const float*, const T*, const int64_t*, float*, int64_t);
+using Mix = void (*)(int64_t, int64_t, const float*, const T* const*, int64_t, float*, int64_t);
 
 template <class T, size_t... I>
 constexpr std::array<Mix<T>, sizeof...(I)> mixes(std::index_sequence<I...>) {
@@ -121,30 +135,37 @@ constexpr auto kMix = mixes<T>(std::make_index_sequence<kRows>());
 
 // Elements d to d + depth - 1 of 16 keys as columns: to[i * kPanel + key].
 template <class T>
-void pack_keys(const T* keys, const int64_t* offsets, int64_t d, int64_t depth, float* to) {
+void pack_keys(const T* const* keys, int64_t d, int64_t depth, float* to) {
     u32v x[kLanes];
+    for (int key = 0; key < kLanes; ++key) prefetch(keys[key + kAhead] + d, depth * int64_t(sizeof(T)));
     if constexpr (sizeof(T) == 4) {
         for (int64_t i = 0; i < depth; i += kLanes, to += kLanes * kPanel) {
-            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys + offsets[key] + d + i);
+            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d + i);
             transpose(x);
             for (int j = 0; j < kLanes; ++j) store(to + j * kPanel, x[j]);
         }
     } else {
-        for (int64_t i = 0; i < depth; i += 2 * kLanes, to += 2 * kLanes * kPanel) {
-            const bool whole = depth - i >= 2 * kLanes;  // else 16 elements, and the second half stays 0
-            for (int key = 0; key < kLanes; ++key) {
-                const T* from = keys + offsets[key] + d + i;
-                x[key] = u32v{};
-                if (whole) x[key] = load<u32v>(from);
-                else std::memcpy(&x[key], from, kLanes * sizeof(T));
-            }
+        for (int64_t i = 0; i + 2 * kLanes <= depth; i += 2 * kLanes, to += 2 * kLanes * kPanel) {
+            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d + i);
             transpose(x);
-            for (int j = 0; j < (whole ? kLanes : kLanes / 2); ++j) {
+            for (int j = 0; j < kLanes; ++j) {
                 f32v even, odd;
                 split_pairs(x[j], T{}, even, odd);
                 store(to + 2 * j * kPanel, even);
                 store(to + (2 * j + 1) * kPanel, odd);
             }
+        }
+        if (depth % (2 * kLanes) == 0) return;
+        for (int key = 0; key < kLanes; ++key) {  // the last 16 elements
+            x[key] = u32v{};
+            std::memcpy(&x[key], keys[key] + d + depth - kLanes, kLanes * sizeof(T));
+        }
+        transpose(x);
+        for (int j = 0; j < kLanes / 2; ++j) {
+            f32v even, odd;
+            split_pairs(x[j], T{}, even, odd);
+            store(to + 2 * j * kPanel, even);
+            store(to + (2 * j + 1) * kPanel, odd);
         }
     }
 }
@@ -163,20 +184,25 @@ struct Soft {
 __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int last) {
     i32v lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    const auto read = [&](int k) { return (lanes + k >= span.from) & (lanes + k < span.to); };
+    const int from = (span.from + kLanes - 1) / kLanes * kLanes, to = span.to / kLanes * kLanes;  // whole vectors
     f32v peaks = splat(kNoScore);
     for (int k = first; k < last; k += kLanes) {
-        const i32v key = lanes + k;
-        const f32v score = load<f32v>(scores + k);
-        peaks = max((key >= span.from) & (key < span.to) ? score : splat(kNoScore), peaks);
+        f32v score = load<f32v>(scores + k);
+        if (k < from || k >= to) {
+            score = read(k) ? score : splat(kNoScore);
+            store(scores + k, score);
+        }
+        peaks = max(score, peaks);
     }
+    // Where nothing is read the peak is kNoScore itself, and weights are made 0 below.
     const float peak = max(peaks);
     f32v totals{};
     for (int k = first; k < last; k += kLanes) {
-        const i32v key = lanes + k;
-        const f32v weight = exp(load<f32v>(scores + k) - peak);
-        const f32v kept = (key >= span.from) & (key < span.to) ? weight : f32v{};
-        store(scores + k, kept);
-        totals += kept;
+        f32v weight = exp(load<f32v>(scores + k) - peak);
+        if (k < from || k >= to) weight = read(k) ? weight : f32v{};
+        store(scores + k, weight);
+        totals += weight;
     }
     return {peak, sum(totals)};
 }
@@ -197,19 +223,20 @@ __attribute__((noinline)) void merge(Soft& soft, float* mixed, Soft next, const 
 struct Item {
     int64_t chunk, row, position;  // the first query's row of the step and position
     int64_t queries, first_tile, last_tile;
-    int64_t part;  // the first of its rows in `parts`, for tile 0 of the pieces; -1: one task does all tiles
-    int64_t group, tiles_before;
+    int64_t part = -1;  // of a piece: the first row of its item in `part_mixed_`; -1: the item is whole
+    int64_t group = 0, tiles_before = 0;
 };
 
 struct Scratch {
-    int64_t* offsets;  // [kTile]: of each key from the head's first element
-    float* panel;      // [kDepth, kPanel]
-    float* queries;    // [rows, dim], scaled
-    float* scores;     // [rows, kTile]
-    float* tile;       // [rows, dim]: one tile's mixed values
-    float* mixed;      // [rows, dim]
-    Soft* softs;       // [rows]
-    Soft* tile_softs;
+    const void** lines;  // addresses in the order of reading: a tile's keys, its values, kAhead keys of the next tile
+    Span* spans;         // [rows]
+    Soft* softs;         // [rows]
+    Soft* tile_softs;    // [rows]
+    float* panel;        // [kDepth, kPanel]
+    float* queries;      // [rows, dim], scaled
+    float* scores;       // [rows, kTile]
+    float* tile;         // [rows, dim]: one tile's mixed values
+    float* mixed;        // [rows, dim]
 };
 
 class Attention {
@@ -228,11 +255,12 @@ class Attention {
 
     void run() {
         plan();
-        const int64_t heads = cache_.kv_heads;
         with_type(cache_.type, [&](auto type) {
             using T = decltype(type);
-            parallel_for(int64_t(items_.size()) * heads,
-                         [&](int64_t task) { work<T>(items_[size_t(task / heads)], task % heads); });
+            parallel_for(int64_t(runs_.size()) - 1, [&](int64_t task) {
+                for (int64_t unit = runs_[size_t(task)]; unit < runs_[size_t(task) + 1]; ++unit)
+                    work<T>(unit, runs_[size_t(task) + 1]);
+            });
         });
     }
 
@@ -249,7 +277,7 @@ class Attention {
             for (int64_t query = 0; query < length; query += most) {
                 const int64_t queries = std::min(most, length - query), position = start + query;
                 items_.push_back({chunk, row + query, position, queries, first_tile(position),
-                                  (position + queries - 1) / kTile + 1, -1, 0, 0});
+                                  (position + queries - 1) / kTile + 1});
                 if (few(items_.back())) few_tiles += items_.back().last_tile - items_.back().first_tile;
             }
             row += length;
@@ -257,6 +285,25 @@ class Attention {
         split(few_tiles);
         // The longest first: the last ones then leave no thread waiting for long.
         std::stable_sort(items_.begin(), items_.end(), [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
+        join();
+    }
+
+    // Runs of units (an item and a head) that make a task: within one, each unit's last tile can ask for the next one's keys.
+    void join() {
+        int64_t total = 0, sum = 0;
+        for (const Item& item : items_) total += cost(item) * cache_.kv_heads;
+        const int64_t wanted = total / (kTasksAThread * num_threads());
+        runs_.push_back(0);
+        for (size_t i = 0; i < items_.size(); ++i) {
+            for (int64_t head = 0; head < cache_.kv_heads; ++head) {
+                sum += cost(items_[i]);
+                if (sum < wanted) continue;
+                runs_.push_back(int64_t(i) * cache_.kv_heads + head + 1);
+                sum = 0;
+            }
+        }
+        const int64_t units = int64_t(items_.size()) * cache_.kv_heads;
+        if (runs_.back() < units) runs_.push_back(units);
     }
 
     bool few(const Item& item) const { return item.queries * group_ <= kFewRows; }
@@ -296,74 +343,79 @@ class Attention {
     }
 
     Scratch scratch_for(int64_t rows) const {
-        const auto floats = [](int64_t count) { return (count * int64_t(sizeof(float)) + 63) / 64 * 64; };
-        const int64_t soft = (rows * int64_t(sizeof(Soft)) + 63) / 64 * 64, mixed = floats(rows * dim_);
-        const int64_t offsets = kTile * int64_t(sizeof(int64_t)), panel = floats(kDepth * kPanel);
-        char* at = static_cast<char*>(scratch(0, offsets + panel + floats(rows * kTile) + 3 * mixed + 2 * soft));
-        const auto take = [&at](int64_t bytes) { return std::exchange(at, at + bytes); };
+        const auto bytes = [](int64_t count, size_t size) { return (count * int64_t(size) + 63) / 64 * 64; };
+        const int64_t lines = bytes(2 * kTile + kAhead, sizeof(void*)), panel = bytes(kDepth * kPanel, sizeof(float));
+        const int64_t spans = bytes(rows, sizeof(Span)), softs = bytes(rows, sizeof(Soft));
+        const int64_t scores = bytes(rows * kTile, sizeof(float)), mixed = bytes(rows * dim_, sizeof(float));
+        char* at = static_cast<char*>(scratch(0, lines + panel + spans + 2 * softs + scores + 3 * mixed));
+        const auto take = [&at](int64_t size) { return static_cast<void*>(std::exchange(at, at + size)); };
         Scratch s;
-        s.offsets = reinterpret_cast<int64_t*>(take(offsets));
-        s.panel = reinterpret_cast<float*>(take(panel));
-        s.queries = reinterpret_cast<float*>(take(mixed));
-        s.scores = reinterpret_cast<float*>(take(floats(rows * kTile)));
-        s.tile = reinterpret_cast<float*>(take(mixed));
-        s.mixed = reinterpret_cast<float*>(take(mixed));
-        s.softs = reinterpret_cast<Soft*>(take(soft));
-        s.tile_softs = reinterpret_cast<Soft*>(take(soft));
+        s.lines = static_cast<const void**>(take(lines));
+        s.panel = static_cast<float*>(take(panel));
+        s.spans = static_cast<Span*>(take(spans));
+        s.softs = static_cast<Soft*>(take(softs));
+        s.tile_softs = static_cast<Soft*>(take(softs));
+        s.queries = static_cast<float*>(take(mixed));
+        s.scores = static_cast<float*>(take(scores));
+        s.tile = static_cast<float*>(take(mixed));
+        s.mixed = static_cast<float*>(take(mixed));
         return s;
     }
 
-    // What rows [row, row + count) of an item read of a tile, one with another.
-    Span span(const Item& item, int64_t tile, int64_t row, int64_t count) const {
-        const int64_t origin = tile * kTile;
-        const int64_t first = item.position + row / group_, last = item.position + (row + count - 1) / group_;
-        const int64_t from = window_ ? std::max<int64_t>(0, first - window_ + 1 - origin) : 0;
-        return {int(std::min<int64_t>(from, kTile)), int(std::clamp<int64_t>(last + 1 - origin, 0, kTile))};
+    // What queries [query, query + count) of an item read of a tile, one with another.
+    Span span(const Item& item, int64_t tile, int64_t query, int64_t count) const {
+        const int64_t first = item.position + query - tile * kTile, last = first + count;
+        const int64_t from = window_ ? std::clamp<int64_t>(first - window_ + 1, 0, kTile) : 0;
+        return {int(from), int(std::clamp<int64_t>(last, 0, kTile))};
     }
 
     template <class T>
-    void work(const Item& item, int64_t head) const {
+    void work(int64_t unit, int64_t end) const {
+        const int64_t head = unit % cache_.kv_heads;
+        const Item& item = items_[size_t(unit / cache_.kv_heads)];
         const int64_t rows = item.queries * group_;
         const Scratch s = scratch_for(rows);
         const f32v scale = splat(1.0f / __builtin_sqrtf(float(dim_)));
-        for (int64_t row = 0; row < rows; ++row) {
-            const float* from = queries_ + (item.row + row / group_) * query_stride_ +
-                                (head * group_ + row % group_) * dim_;
-            for (int64_t d = 0; d < dim_; d += kLanes) store(s.queries + row * dim_ + d, load<f32v>(from + d) * scale);
+        for (int64_t query = 0, row = 0; query < item.queries; ++query) {
+            const float* from = queries_ + (item.row + query) * query_stride_ + head * group_ * dim_;
+            for (int64_t i = 0; i < group_ * dim_; i += kLanes)
+                store(s.queries + row * dim_ + i, load<f32v>(from + i) * scale);
+            for (const int64_t next = row + group_; row < next; ++row) s.softs[row] = {kNoScore, 0.0f};
         }
-        for (int64_t row = 0; row < rows; ++row) s.softs[row] = {kNoScore, 0.0f};
-        std::fill(s.mixed, s.mixed + rows * dim_, 0.0f);
+        std::memset(s.mixed, 0, size_t(rows * dim_) * sizeof(float));
         for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
+            find<T>(unit, end, tile, s.lines);
             if (item.part < 0) {
-                attend<T>(item, head, tile, s, s.tile_softs, s.tile);
-                for (int64_t row = 0; row < rows; ++row) {
-                    const Span own = span(item, tile, row, 1);
-                    if (own.from < own.to)
-                        merge(s.softs[row], s.mixed + row * dim_, s.tile_softs[row], s.tile + row * dim_, dim_);
-                }
+                attend<T>(item, tile, s, s.tile_softs, s.tile);
+                merge_tile(item, tile, s, s.tile_softs, s.tile);
             } else {
                 const int64_t part = part_of(item, head, item.tiles_before + tile - item.first_tile);
-                attend<T>(item, head, tile, s, part_softs_.data() + part, part_mixed_ + part * dim_);
+                attend<T>(item, tile, s, part_softs_.data() + part, part_mixed_ + part * dim_);
             }
         }
         if (item.part >= 0) {
             auto& waiting = waiting_[size_t(item.group * cache_.kv_heads + head)];
             if (waiting.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-            const int64_t tiles = tiles_of_[size_t(item.group)];
-            const int64_t origin = item.first_tile - item.tiles_before;
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                for (int64_t row = 0; row < rows; ++row) {
-                    const Span own = span(item, origin + tile, row, 1);
-                    const int64_t part = part_of(item, head, tile) + row;
-                    if (own.from < own.to)
-                        merge(s.softs[row], s.mixed + row * dim_, part_softs_[size_t(part)], part_mixed_ + part * dim_, dim_);
-                }
+            for (int64_t tile = 0; tile < tiles_of_[size_t(item.group)]; ++tile) {
+                const int64_t part = part_of(item, head, tile);
+                merge_tile(item, item.first_tile - item.tiles_before + tile, s, part_softs_.data() + part,
+                           part_mixed_ + part * dim_);
             }
         }
-        for (int64_t row = 0; row < rows; ++row) {
-            float* to = out_ + ((item.row + row / group_) * q_heads_ + head * group_ + row % group_) * dim_;
-            const f32v total = splat(s.softs[row].total);
-            for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load<f32v>(s.mixed + row * dim_ + d) / total);
+        for (int64_t query = 0, row = 0; query < item.queries; ++query) {
+            float* to = out_ + ((item.row + query) * q_heads_ + head * group_) * dim_;
+            for (const int64_t next = row + group_; row < next; ++row, to += dim_) {
+                const f32v total = splat(s.softs[row].total);
+                for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load<f32v>(s.mixed + row * dim_ + d) / total);
+            }
+        }
+    }
+
+    void merge_tile(const Item& item, int64_t tile, const Scratch& s, const Soft* softs, const float* mixed) const {
+        for (int64_t query = 0, row = 0; query < item.queries; ++query) {
+            const Span own = span(item, tile, query, 1);
+            for (const int64_t next = row + group_; row < next; ++row)
+                if (own.from < own.to) merge(s.softs[row], s.mixed + row * dim_, softs[row], mixed + row * dim_, dim_);
         }
     }
 
@@ -372,62 +424,91 @@ class Attention {
         return item.part + (head * tiles_of_[size_t(item.group)] + tile) * rows;
     }
 
+    // Where the keys or values (`pool`) [from, to) of a tile lie.
+    template <class T>
+    const void** find_rows(const Item& item, int64_t head, int64_t tile, const void* pool, int from, int to,
+                           const void** lines) const {
+        const int64_t* table = chunks_.tables + chunks_.table_starts[item.chunk];
+        const int64_t size = cache_.block_size;
+        for (int key = from; key < to;) {
+            const int64_t position = tile * kTile + key, within = position % size;
+            const int64_t slot = (head * cache_.blocks + table[position / size]) * size + within;
+            const T* row = static_cast<const T*>(pool) + slot * dim_;
+            const int64_t count = std::min<int64_t>(size - within, to - key);
+            for (int64_t i = 0; i < count; ++i) *lines++ = row + i * dim_;
+            key += int(count);
+        }
+        return lines;
+    }
+
+    // See Scratch::lines. Keys are rounded up to whole vectors by the last one; the next tile may be another unit's.
+    template <class T>
+    void find(int64_t unit, int64_t end, int64_t tile, const void** lines) const {
+        const Item* item = &items_[size_t(unit / cache_.kv_heads)];
+        int64_t head = unit % cache_.kv_heads;
+        const Span all = span(*item, tile, 0, item->queries);
+        const int first = all.from / kLanes * kLanes;
+        lines = find_rows<T>(*item, head, tile, cache_.keys, first, all.to, lines);
+        for (int key = all.to; key % kLanes; ++key, ++lines) *lines = lines[-1];
+        lines = find_rows<T>(*item, head, tile, cache_.values, first, all.to, lines);
+        int ahead = 0;
+        if (tile + 1 == item->last_tile && unit + 1 < end) {
+            item = &items_[size_t((unit + 1) / cache_.kv_heads)];
+            head = (unit + 1) % cache_.kv_heads;
+            tile = item->first_tile - 1;
+        }
+        if (tile + 1 < item->last_tile) {
+            const Span next = span(*item, tile + 1, 0, item->queries);
+            const int from = next.from / kLanes * kLanes;
+            ahead = std::min(kAhead, next.to - from);
+            lines = find_rows<T>(*item, head, tile + 1, cache_.keys, from, from + ahead, lines);
+        }
+        for (; ahead < kAhead; ++ahead, ++lines) *lines = lines[-1];
+    }
+
     // One tile: the softmax over it and the mixed values of each row that reads any of it.
     template <class T>
-    void attend(const Item& item, int64_t head, int64_t tile, const Scratch& s, Soft* softs, float* mixed) const {
+    void attend(const Item& item, int64_t tile, const Scratch& s, Soft* softs, float* mixed) const {
         const int64_t rows = item.queries * group_;
-        const Span all = span(item, tile, 0, rows);
-        const int first = all.from / kLanes * kLanes, last = (all.to + kLanes - 1) / kLanes * kLanes;
-        find(item, tile, first, all.to, last, s.offsets);
-        const int64_t head_size = cache_.blocks * cache_.block_size * dim_;
-        score(item, tile, static_cast<const T*>(cache_.keys) + head * head_size, s, first, last);
+        for (int64_t query = 0, row = 0; query < item.queries; ++query)
+            for (const int64_t next = row + group_; row < next; ++row) s.spans[row] = span(item, tile, query, 1);
+        const int first = s.spans[0].from / kLanes * kLanes, to = s.spans[rows - 1].to;
+        const int last = (to + kLanes - 1) / kLanes * kLanes;
+        const T* const* keys = reinterpret_cast<const T* const*>(s.lines);
+        const T* const* values = keys + (last - first);
+        score(rows, keys, s, first, last);
         for (int64_t row = 0; row < rows; row += kRows) {
-            const int64_t count = std::min<int64_t>(kRows, rows - row);
-            const Span block = span(item, tile, row, count);
-            for (int64_t i = row; i < row + count; ++i) {
-                softs[i] = soften(s.scores + i * kTile, span(item, tile, i, 1), block.from / kLanes * kLanes,
+            const Span block = block_span(s, row, rows);
+            for (int64_t i = row; i < std::min(rows, row + kRows); ++i) {
+                softs[i] = soften(s.scores + i * kTile, s.spans[i], block.from / kLanes * kLanes,
                                   (block.to + kLanes - 1) / kLanes * kLanes);
             }
         }
-        const T* values = static_cast<const T*>(cache_.values) + head * head_size;
-        if (rows <= kFewRows) {
-            for (int64_t row = 0; row < rows; row += kRows) {
-                const int64_t count = std::min<int64_t>(kRows, rows - row);
-                const Span block = span(item, tile, row, count);
-                kMix<T>[size_t(count - 1)](dim_ / kLanes, block.to - block.from, s.scores + row * kTile + block.from,
-                                           values, s.offsets + block.from, mixed + row * dim_, dim_);
-            }
-        } else {
-            mix_packed(item, tile, values, s, first, all.to, mixed);
+        if (rows > kFewRows) return mix_packed(rows, values, s, first, to, mixed);
+        for (int64_t row = 0; row < rows; row += kRows) {
+            const Span block = block_span(s, row, rows);
+            kMix<T>[size_t(std::min<int64_t>(kRows, rows - row) - 1)](
+                dim_ / kLanes, block.to - block.from, s.scores + row * kTile + block.from, values + (block.from - first), 0,
+                mixed + row * dim_, dim_);
         }
     }
 
-    // Where the tile's keys [first, to) lie; those up to `last` repeat the last one, so that whole vectors can be read.
-    void find(const Item& item, int64_t tile, int first, int to, int last, int64_t* offsets) const {
-        const int64_t* table = chunks_.tables + chunks_.table_starts[item.chunk];
-        const int64_t size = cache_.block_size;
-        for (int key = first; key < to;) {
-            const int64_t position = tile * kTile + key, within = position % size;
-            const int64_t origin = (table[position / size] * size + within) * dim_;
-            const int count = int(std::min<int64_t>(size - within, to - key));
-            for (int i = 0; i < count; ++i) offsets[key + i] = origin + i * dim_;
-            key += count;
-        }
-        for (int key = to; key < last; ++key) offsets[key] = offsets[to - 1];
+    // What the rows of a block read, one with another.
+    static Span block_span(const Scratch& s, int64_t row, int64_t rows) {
+        return {s.spans[row].from, s.spans[std::min(rows, row + kRows) - 1].to};
     }
 
     template <class T>
-    void score(const Item& item, int64_t tile, const T* keys, const Scratch& s, int first, int last) const {
-        const int64_t rows = item.queries * group_;
+    void score(int64_t rows, const T* const* keys, const Scratch& s, int first, int last) const {
         for (int panel = first; panel < last; panel += kPanel) {
             const int vectors = std::min(kPanel, last - panel) / kLanes;
             for (int64_t d = 0; d < dim_; d += kDepth) {
                 const int64_t depth = std::min<int64_t>(kDepth, dim_ - d);
                 for (int v = 0; v < vectors; ++v)
-                    pack_keys(keys, s.offsets + panel + v * kLanes, d, depth, s.panel + v * kLanes);
+                    pack_keys(keys + (panel - first) + v * kLanes, d, depth, s.panel + v * kLanes);
                 for (int64_t row = 0; row < rows; row += kRows) {
                     const int64_t count = std::min<int64_t>(kRows, rows - row);
-                    const Span block = span(item, tile, row, count);
+                    const Span block = block_span(s, row, rows);
                     if (block.to <= panel || block.from >= panel + kPanel) continue;
                     const int needed = std::min(vectors, (block.to - panel + kLanes - 1) / kLanes);
                     kMultiply[size_t((count - 1) * kVectors + needed - 1)](depth, s.queries + row * dim_ + d, dim_,
@@ -439,19 +520,19 @@ class Attention {
     }
 
     template <class T>
-    void mix_packed(const Item& item, int64_t tile, const T* values, const Scratch& s, int first, int to,
-                    float* mixed) const {
-        const int64_t rows = item.queries * group_;
+    void mix_packed(int64_t rows, const T* const* values, const Scratch& s, int first, int to, float* mixed) const {
         for (int64_t d = 0; d < dim_; d += kPanel) {
             const int vectors = int(std::min<int64_t>(kPanel, dim_ - d)) / kLanes;
             for (int key = first; key < to; key += kDepth) {
                 const int end = std::min(to, key + kDepth);
-                for (int k = key; k < end; ++k)
+                for (int k = key; k < end; ++k) {
+                    prefetch(values[k - first + kAhead] + d, vectors * kLanes * int64_t(sizeof(T)));
                     for (int v = 0; v < vectors; ++v)
-                        store(s.panel + (k - key) * kPanel + v * kLanes, widen(values + s.offsets[k] + d + v * kLanes));
+                        store(s.panel + (k - key) * kPanel + v * kLanes, widen(values[k - first] + d + v * kLanes));
+                }
                 for (int64_t row = 0; row < rows; row += kRows) {
                     const int64_t count = std::min<int64_t>(kRows, rows - row);
-                    const Span block = span(item, tile, row, count);
+                    const Span block = block_span(s, row, rows);
                     const int from = std::max(block.from, key), needed = std::min(block.to, end) - from;
                     if (needed <= 0) continue;
                     kMultiply[size_t((count - 1) * kVectors + vectors - 1)](
@@ -468,6 +549,7 @@ class Attention {
     const RaggedChunks& chunks_;
     float* out_;
     std::vector<Item> items_;
+    std::vector<int64_t> runs_;      // task t does units runs_[t] to runs_[t + 1] - 1
     std::vector<int64_t> tiles_of_;  // by group of pieces
     mutable std::vector<Soft> part_softs_;
     float* part_mixed_ = nullptr;

@@ -27,7 +27,7 @@ QWIRE_INLINE void with_type(KvType type, F&& f) {
 
 QWIRE_INLINE f32v widen_half(u16v x) {
 #if defined(__AVX512F__)
-    return (f32v)_mm512_cvtph_ps((__m256i)x);
+    return (f32v)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
 #else
     // The exponent and mantissa moved into place are 2^112 too small, denormals included; infinities come out as 2^16 or
     // more and get the greatest exponent.
@@ -41,7 +41,7 @@ QWIRE_INLINE f32v widen_half(u16v x) {
 // To the nearest half, ties to even; NaN stays NaN.
 QWIRE_INLINE u16v narrow_half(f32v x) {
 #if defined(__AVX512F__)
-    return (u16v)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (u16v)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #else
     const u32v bits = (u32v)x, sign = bits & 0x80000000u, size = bits ^ sign;
     // Normal halves: rounded where the mantissa is cut. Smaller ones: adding 0.5 rounds to multiples of 2^-24.
@@ -72,35 +72,37 @@ QWIRE_INLINE void split_pairs(u32v x, Half, f32v& even, f32v& odd) {
     odd = widen_half(__builtin_convertvector(x >> 16, u16v));
 }
 
+QWIRE_INLINE u32v even_quarters(u32v a, u32v b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+}
+QWIRE_INLINE u32v odd_quarters(u32v a, u32v b) {
+    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
 // x[i][j] to x[j][i].
 QWIRE_INLINE void transpose(u32v (&x)[kLanes]) {
 #if defined(__AVX512F__)
     u32v t[kLanes];
-#define QWIRE_PAIR(op, a, b) (u32v) op((__m512i)(a), (__m512i)(b))
-#define QWIRE_LANES(a, b, which) (u32v) _mm512_shuffle_i32x4((__m512i)(a), (__m512i)(b), which)
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
-        t[i] = QWIRE_PAIR(_mm512_unpacklo_epi32, x[i], x[i + 1]);
-        t[i + 1] = QWIRE_PAIR(_mm512_unpackhi_epi32, x[i], x[i + 1]);
+        t[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        t[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {  // then lane l of x[i + j] holds column 4l + j of rows i to i + 3
-        x[i] = QWIRE_PAIR(_mm512_unpacklo_epi64, t[i], t[i + 2]);
-        x[i + 1] = QWIRE_PAIR(_mm512_unpackhi_epi64, t[i], t[i + 2]);
-        x[i + 2] = QWIRE_PAIR(_mm512_unpacklo_epi64, t[i + 1], t[i + 3]);
-        x[i + 3] = QWIRE_PAIR(_mm512_unpackhi_epi64, t[i + 1], t[i + 3]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {  // then quarter q of x[4i + j] holds column 4q + j of rows 4i to 4i + 3
+        const int j = i / 4 * 4 + i % 4 / 2;
+        x[i] = __builtin_shufflevector(t[j], t[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        x[i + 1] = __builtin_shufflevector(t[j], t[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-        const u32v a = QWIRE_LANES(x[j], x[4 + j], 0x88), b = QWIRE_LANES(x[j], x[4 + j], 0xdd);
-        const u32v c = QWIRE_LANES(x[8 + j], x[12 + j], 0x88), d = QWIRE_LANES(x[8 + j], x[12 + j], 0xdd);
-        x[j] = QWIRE_LANES(a, c, 0x88);
-        x[4 + j] = QWIRE_LANES(b, d, 0x88);
-        x[8 + j] = QWIRE_LANES(a, c, 0xdd);
-        x[12 + j] = QWIRE_LANES(b, d, 0xdd);
+        const u32v a = even_quarters(x[j], x[4 + j]), b = odd_quarters(x[j], x[4 + j]);
+        const u32v c = even_quarters(x[8 + j], x[12 + j]), d = odd_quarters(x[8 + j], x[12 + j]);
+        x[j] = even_quarters(a, c);
+        x[4 + j] = even_quarters(b, d);
+        x[8 + j] = odd_quarters(a, c);
+        x[12 + j] = odd_quarters(b, d);
     }
-#undef QWIRE_PAIR
-#undef QWIRE_LANES
 #elif defined(__AVX2__)
     alignas(64) uint32_t from[kLanes][kLanes], to[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i) store(from[i], x[i]);
