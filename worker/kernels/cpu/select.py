@@ -46,3 +46,19 @@ def total_mass(native: ModuleType, logits: Tensor, peaks: Tensor) -> Tensor:
     peaks = peaks.contiguous()
     native.total_mass(address, peaks.data_ptr(), rows, size, masses.data_ptr())
     return masses
+
+
+class NativeSelection:
+    """Implements `worker.kernels.reference.sampling.Selection`."""
+
+    def __init__(self, native: ModuleType) -> None:
+        self._native = native
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return argmax(self._native, logits.contiguous())
+
+    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return top_values(self._native, logits.contiguous(), count)
+
+    def total_mass(self, logits: Tensor, peaks: Tensor) -> Tensor:
+        return total_mass(self._native, logits.contiguous(), peaks)
