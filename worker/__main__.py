@@ -22,7 +22,7 @@ from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 from worker.identity import describe, read_digests
-from worker.kernels import ChosenKernels, NativeError, choose_kernels, usable_cpus
+from worker.kernels import ChosenKernels, NativeError, choose_kernels, pin_threads, usable_cpus
 from worker.model import ModelConfig, ModelError, check_shares, resolve_quantization
 from worker.parallel import LOST, Group, GroupError, Place, run_ranks
 from worker.runner.parallel import ParallelRunner, follow
@@ -79,16 +79,9 @@ def load(config: WorkerConfig, group: Group) -> TorchRunner:
 
 def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKernels:
     """The backend, with this rank's threads. Raises ConfigError."""
-    threads, cpus = _threads(config, group), usable_cpus()
+    threads = _threads(config, group)
     try:
-        # Threads that have all CPUs for themselves stay on them; others would be moved on top of each other.
-        chosen = choose_kernels(
-            config.backend,
-            config.isa,
-            head_dim=model.head_dim,
-            threads=threads,
-            cpus=cpus if threads == len(cpus) and group.world == 1 else (),
-        )
+        chosen = choose_kernels(config.backend, config.isa, head_dim=model.head_dim, threads=threads)
     except NativeError as error:
         raise ConfigError(f"--{'backend' if config.isa == 'auto' else 'isa'}: {error}") from error
     torch.set_num_threads(threads)
@@ -180,6 +173,10 @@ async def serve(config: WorkerConfig, place: Place, group: Group) -> int:
     address = await server.start()
     place.remember(address)  # before anyone can know it, or a group that dies now would leave it behind
     print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
+    if group.world == 1 and _threads(config, group) == len(usable_cpus()):
+        # Threads that have all CPUs for themselves stay on them; others might be put on top of another process's. The
+        # engine's is the next to call a kernel.
+        pin_threads(runner.kernels, usable_cpus())
     engine.start()
     await server.set_serving(True)
     stopping = asyncio.create_task(until_signal())

@@ -22,7 +22,15 @@ from qwire import prefix
 from worker.engine.engine import Engine, StepReport
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import Request
-from worker.kernels import BACKENDS, INSTRUCTION_SETS, QUANTIZED_FORMATS, NativeError, choose_kernels, usable_cpus
+from worker.kernels import (
+    BACKENDS,
+    INSTRUCTION_SETS,
+    QUANTIZED_FORMATS,
+    NativeError,
+    choose_kernels,
+    pin_threads,
+    usable_cpus,
+)
 from worker.limits import Limits, measure, probe
 from worker.model import ModelConfig, ModelError
 from worker.runner.runner import TorchRunner
@@ -174,13 +182,7 @@ def engine_command(
     threads = threads or len(cpus)
     started = time.perf_counter()
     try:
-        chosen = choose_kernels(
-            backend,
-            isa,
-            head_dim=ModelConfig.read(model).head_dim,
-            threads=threads,
-            cpus=cpus if threads == len(cpus) else (),
-        )
+        chosen = choose_kernels(backend, isa, head_dim=ModelConfig.read(model).head_dim, threads=threads)
         torch.set_num_threads(threads)
         runner = TorchRunner(
             model,
@@ -195,6 +197,8 @@ def engine_command(
         raise click.ClickException(str(error)) from error
     if chosen.kernels.name == "cpu":
         torch.set_num_threads(1)
+    if threads == len(cpus):
+        pin_threads(chosen.kernels, cpus)
     load_s = time.perf_counter() - started
     limits = measure(isa=isa)
     results = [bench(runner, case, limits, max_step_tokens) for case in parsed]

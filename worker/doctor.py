@@ -43,7 +43,7 @@ class Diagnosis:
 def diagnose(seconds: float = 0.3) -> Diagnosis:
     """Takes a few seconds: limits are measured."""
     cpus = usable_cpus()
-    chosen = choose_kernels(threads=len(cpus), cpus=cpus)
+    chosen = choose_kernels(threads=len(cpus))
     torch.set_num_threads(len(cpus))
     return Diagnosis(
         cpu=_cpu_name(),

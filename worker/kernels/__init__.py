@@ -4,7 +4,7 @@
 oracle that other backends are tested against.
 """
 
-from worker.kernels.choice import BACKENDS, ChosenKernels, choose_kernels
+from worker.kernels.choice import BACKENDS, ChosenKernels, choose_kernels, pin_threads
 from worker.kernels.cpu.native import INSTRUCTION_SETS, NativeError, usable_cpus
 from worker.kernels.interface import (
     QUANTIZED_FORMATS,
@@ -37,5 +37,6 @@ __all__ = [
     "SamplingBatch",
     "WeightSpec",
     "choose_kernels",
+    "pin_threads",
     "usable_cpus",
 ]

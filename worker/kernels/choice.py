@@ -28,7 +28,6 @@ def choose_kernels(
     *,
     head_dim: int = HEAD_TILE,
     threads: int = 1,
-    cpus: Sequence[int] = (),
 ) -> ChosenKernels:
     """The backend named, or for "auto" the cpu kernels where they were compiled, else the reference.
 
@@ -37,7 +36,6 @@ def choose_kernels(
         head_dim: of the model; the cpu kernels take multiples of `HEAD_TILE`.
         threads: that the cpu kernels compute with, the caller's counted; they are this process's, so the last choice
             counts. The reference's are torch's.
-        cpus: one a thread, for each to stay on; empty leaves them to the system.
 
     Raises NativeError where what was named cannot be had.
     """
@@ -54,6 +52,12 @@ def choose_kernels(
                 raise
             missing = str(error)
         else:
-            module.set_threads(threads, list(cpus))
+            module.set_threads(threads, [])
             return ChosenKernels(CpuKernels(name, module), "asked for" if isa == name else "the best of this machine")
     return ChosenKernels(ReferenceKernels(), "asked for" if backend == "reference" else missing)
+
+
+def pin_threads(kernels: Kernels, cpus: Sequence[int]) -> None:
+    """Has the cpu kernels' threads stay on these CPUs, one each, and with them the next thread that calls a kernel."""
+    if isinstance(kernels, CpuKernels):
+        kernels.native.set_threads(len(cpus), list(cpus))

@@ -42,7 +42,7 @@ class CpuKernels:
     row_tile = 1
 
     def __init__(self, isa: str, native: ModuleType) -> None:
-        self._isa, self._native = isa, native
+        self._isa, self.native = isa, native
         self._selection = NativeSelection(native)
 
     @property
@@ -54,22 +54,22 @@ class CpuKernels:
 
     def packer(self, spec: WeightSpec) -> Packer:
         # One copy serves products and lookups.
-        return linear.Packer(self._native, spec.out_features, spec.in_features, spec.quantized or _FLOATS[spec.dtype])
+        return linear.Packer(self.native, spec.out_features, spec.in_features, spec.quantized or _FLOATS[spec.dtype])
 
     def nbytes(self, prepared: PreparedLinear) -> int:
         size: int = prepared.nbytes
         return size
 
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
-        return linear.linear(self._native, x, prepared, out)
+        return linear.linear(self.native, x, prepared, out)
 
     def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
-        return linear.embed(self._native, ids, prepared)
+        return linear.embed(self.native, ids, prepared)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if residual is None:
-            return rows.rms_norm(self._native, x, weight, eps)
-        return rows.rms_norm(self._native, x, weight, eps, residual, out=x, total=residual)
+            return rows.rms_norm(self.native, x, weight, eps)
+        return rows.rms_norm(self.native, x, weight, eps, residual, out=x, total=residual)
 
     def rope_and_cache(
         self,
@@ -84,7 +84,7 @@ class CpuKernels:
         out: Tensor | None = None,
     ) -> Tensor:
         heads = None if out is None else out.view(out.shape[0], -1, cache.keys.shape[3])
-        return rows.rope_and_cache(self._native, qkv, cos, sin, cache, slots, q_norm, k_norm, eps, heads)
+        return rows.rope_and_cache(self.native, qkv, cos, sin, cache, slots, q_norm, k_norm, eps, heads)
 
     def plan_attention(self, batch: RaggedBatch, kv_heads: int, windows: Sequence[int | None]) -> AttentionPlan:
         return attention.plan_attention(batch)
@@ -92,10 +92,10 @@ class CpuKernels:
     def paged_attention(
         self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None, out: Tensor | None = None
     ) -> Tensor:
-        return attention.paged_attention(self._native, queries, cache, plan, window, out)
+        return attention.paged_attention(self.native, queries, cache, plan, window, out)
 
     def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-        return rows.silu_mul(self._native, gate_up, out)
+        return rows.silu_mul(self.native, gate_up, out)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return sampling.sample(logits, batch, self._selection)
