@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention [--isa auto] [--threads 2] [--rounds 20] [--only TEXT]
 
-Every layer has its own cache and activations, so that nothing is warm that wouldn't be in a step. The machine's neighbours
-come and go: a probe of arithmetic and of reading runs before and after each sample, and only samples whose probes are both
-within a fifth of the best ones seen count. `kept` says how many those were.
+Every layer has its own cache, so that nothing is warm that wouldn't be in a step. The machine's neighbours come and go:
+a probe of arithmetic and of reading runs before and after each sample, and only samples whose probes are both within a
+fifth of the best ones seen count. `kept` says how many those were.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Probe:
 
 
 def measure(probe: Probe, run: Callable[[], object], rounds: int) -> tuple[float, int]:
-    """Median seconds of a run in the machine's better state (in any, where it never was in that), and how many counted."""
+    """Median seconds of a run in the machine's better state (in any, if never in that), and how many count."""
     run()
     samples = []
     for _ in range(rounds):

@@ -30,7 +30,7 @@ DECODE_ROWS = 16
 
 
 def filled(module: ModuleType, shape: tuple[int, int], format: Format) -> PackedLinear:  # noqa: A002
-    """A weight of random values. Its rows repeat: what they are doesn't matter, and random numbers take long to make."""
+    """A weight of random values. Its rows repeat: random numbers take long to make."""
     rows = torch.randn(256, shape[1]) * 0.03
     slice_: torch.Tensor | quantized.QuantizedWeight = rows
     if format == "int8" or format == "int4":

@@ -47,9 +47,9 @@ def test_layout(format: Format, rows: int, size: int, dtype: torch.dtype) -> Non
     assert whole.scale.shape == (rows, groups(format, size)) and whole.scale.dtype == torch.bfloat16
     back = dequantize(whole)
     assert back.shape == (rows, size) and back.dtype == torch.float32
-    # No value is off by more than 1.5 steps: the search may cut an int4 group's extremes.
+    # No value is off by more than two steps: the search may cut an int4 group's extremes.
     step = whole.scale.to(torch.float32).repeat_interleave(GROUP[format], 1)[:, :size]
-    assert bool(((back - weight.float()).abs() <= step * 1.5).all())
+    assert bool(((back - weight.float()).abs() <= step * 2).all())
     # A row is quantized on its own.
     part = quantize(weight[rows // 2 :], format)
     assert torch.equal(dequantize(part), back[rows // 2 :])

@@ -27,7 +27,7 @@ def rms_norm(
     out: Tensor | None = None,
     total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `Kernels.rms_norm`. All float32 and contiguous; `out` may be `x`, `total` (of x + residual) `residual` or `x`."""
+    """See `Kernels.rms_norm`. All float32 and contiguous; `out` may be `x`, `total` may be `residual` or `x`."""
     rows, size = x.shape
     address = _check("x", x, rows, size)
     if out is None:

@@ -7,9 +7,11 @@
 //   int4       per group of 32: [16 words] of scales and zero points, laid out as bfloat16, a zero point in the low 4 bits of
 //              its scale; then [k / 4][16 columns][4 bytes]: a byte holds a high column's value above a low column's
 //
-// The last group of K may be shorter; K is padded to a multiple of 4 with zeros, columns to a multiple of 32.
+// K is padded with zeros to a multiple of 32, so that inner loops are of fixed length, and columns to a multiple of 32. The
+// last group may be shorter than the others.
 #include "linear.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -27,19 +29,19 @@ namespace {
 constexpr int kFloatTile = kRegisters == 32 ? 14 : 6;
 // Up to this many rows, the float sums of integer products do too.
 constexpr int kRegisterTile = kRegisters == 32 ? 6 : 2;
-constexpr int64_t kFloatChunk = 64;  // values of K that lie side by side in a tile of float rows
 // Weights are prefetched twice: into the level-2 cache, then into the level-1 cache. Bytes ahead, by measurement.
 constexpr int64_t kFar = 8192, kNear = 768;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t panel_bytes(Format format, int64_t in) {
+    const int64_t padded = ceil_div(in, kChunk) * kChunk;
     switch (format) {
-        case Format::kFloat32: return in * kPanel * 4;
+        case Format::kFloat32: return padded * kPanel * 4;
         case Format::kBfloat16:
-        case Format::kFloat16: return in * kPanel * 2;
-        case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + ceil_div(in, 4) * 4 * kPanel;
-        case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + ceil_div(in, 4) * 2 * kPanel;
+        case Format::kFloat16: return padded * kPanel * 2;
+        case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + padded * kPanel;
+        case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + padded * kPanel / 2;
     }
     __builtin_unreachable();
 }
@@ -47,8 +49,8 @@ int64_t panel_bytes(Format format, int64_t in) {
 // One panel times one tile of rows.
 struct Product {
     const char* panel;
-    int64_t in;
-    const void* rows;       // float: [chunk of kFloatChunk][tile rows][kFloatChunk]; integer: QuantizedRows::values
+    int64_t chunks;         // of K
+    const void* rows;       // float: [chunk][tile rows][kChunk]; integer: QuantizedRows::values
     const int32_t* starts;  // integer only: QuantizedRows::int8_starts or sums
     const float* scales;    // integer only, one a row
     float* sums;            // integer only: room for [tile rows][32]
@@ -180,10 +182,9 @@ void float_product(const Product& p) {
         const char *at = p.panel, *ahead = p.ahead;
         const float* rows = static_cast<const float*>(p.rows);
         Floats sums[R][2] = {};
-        for (int64_t left = p.in; left > 0; left -= kFloatChunk, rows += R * kFloatChunk) {
-            const int64_t steps = left < kFloatChunk ? left : kFloatChunk;
+        for (int64_t chunk = 0; chunk < p.chunks; ++chunk, rows += R * kChunk) {
 #pragma GCC unroll 2
-            for (int64_t k = 0; k < steps; ++k) {
+            for (int k = 0; k < kChunk; ++k) {
                 const Pair weights = W::widen(at, pass);
                 for (int i = 0; i < W::kStep; i += 64) {
                     __builtin_prefetch(at + kNear + i, 0, 3);
@@ -192,7 +193,7 @@ void float_product(const Product& p) {
                 }
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
-                    const Floats x = broadcast(rows[r * kFloatChunk + k]);
+                    const Floats x = broadcast(rows[r * kChunk + k]);
                     sums[r][0] = multiply_add(x, weights.low, sums[r][0]);
                     sums[r][1] = multiply_add(x, weights.high, sums[r][1]);
                 }
@@ -217,7 +218,7 @@ void integer_product(const Product& p) {
         Floats own[kInRegisters ? R : 1][2] = {};
         if (!kInRegisters)
             for (int r = 0; r < 2 * R; ++r) store(p.sums + r * kWidth, Floats{});
-        for (int64_t left = ceil_div(p.in, 4); left > 0; left -= W::kGroup / 4, starts += R) {
+        for (int64_t left = p.chunks; left > 0; left -= kChunks, starts += R) {
             const char* group = at;
             at += 64;
             Ints sums[R][2];
@@ -227,11 +228,9 @@ void integer_product(const Product& p) {
             __builtin_prefetch(group + kNear, 0, 3);
             __builtin_prefetch(ahead, 0, 2);
             ahead += p.advance;
-            int64_t rest = left < W::kGroup / 4 ? left : W::kGroup / 4;
-            for (int64_t chunk = 0; chunk < kChunks && rest > 0; ++chunk, rest -= kChunk / 4, rows += R * kChunkWords) {
-                const int64_t steps = rest < kChunk / 4 ? rest : kChunk / 4;
+            for (int64_t chunk = 0; chunk < kChunks && chunk < left; ++chunk, rows += R * kChunkWords) {
 #pragma GCC unroll 2
-                for (int64_t k = 0; k < steps; ++k) {
+                for (int k = 0; k < kChunk / 4; ++k) {
                     Quads low, high;
                     W::load(at, pass, low, high);
                     for (int i = 0; i < W::kStep; i += 64) {
@@ -340,7 +339,7 @@ void multiply(Format format, const void* packed, int64_t out, int64_t in, const 
     share_panels(ceil_div(out, kPanel), [&](int64_t panel, int64_t next) {
         Product p{};
         p.panel = static_cast<const char*>(packed) + panel * bytes;
-        p.in = in;
+        p.chunks = ceil_div(in, kChunk);
         p.bias = bias ? bias + panel * kPanel : nullptr;
         p.y_stride = y_stride;
         p.columns = int(out - panel * kPanel < kPanel ? out - panel * kPanel : kPanel);
@@ -361,19 +360,21 @@ void multiply(Format format, const void* packed, int64_t out, int64_t in, const 
 void linear_floats(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows,
                    const float* x, int64_t x_stride, float* y, int64_t y_stride) {
     const Tiles tiles(rows, kFloatTile);
-    const int64_t chunks = ceil_div(in, kFloatChunk), row_size = chunks * kFloatChunk;
-    const float* tiled = x;  // one row is a tile as it stands
-    if (rows > 1) {
+    const int64_t row_size = ceil_div(in, kChunk) * kChunk;
+    const float* tiled = x;
+    if (rows > 1 || row_size > in) {  // else the row is a tile as it stands
         auto* to = static_cast<float*>(scratch(0, rows * row_size * int64_t(sizeof(float))));
         tiled = to;
         parallel_for(tiles.count, [&](int64_t tile) {
             const int64_t height = tiles.size(tile);
             for (int64_t r = 0; r < height; ++r) {
                 const float* from = x + (tiles.first(tile) + r) * x_stride;
-                float* row = to + tiles.first(tile) * row_size + r * kFloatChunk;
-                for (int64_t k = 0; k < in; k += kFloatChunk)
-                    std::memcpy(row + k * height, from + k,
-                                size_t(in - k < kFloatChunk ? in - k : kFloatChunk) * sizeof(float));
+                float* row = to + tiles.first(tile) * row_size + r * kChunk;
+                for (int64_t k = 0; k < in; k += kChunk) {
+                    const int64_t size = in - k < kChunk ? in - k : kChunk;
+                    std::memcpy(row + k * height, from + k, size_t(size) * sizeof(float));
+                    std::fill(row + k * height + size, row + k * height + kChunk, 0.0f);
+                }
             }
         });
     }
@@ -455,7 +456,7 @@ void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int
             for (int64_t row = begin; row < end; ++row)
                 reinterpret_cast<uint16_t*>(to)[word_half(row % kPanel)] = scale[(row - first) * groups + group];
             to += 64;
-            for (int64_t k = 0; k < size; k += 4, to += 4 * kPanel)
+            for (int64_t k = 0; k < size; k += 4, to += Int8::kStep)
                 for (int64_t row = begin; row < end; ++row) {
                     const int8_t* values = q + (row - first) * in + from + k;
                     uint32_t four = 0;

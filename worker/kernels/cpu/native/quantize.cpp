@@ -31,18 +31,20 @@ uint32_t greatest(const float* from, int64_t size) {
     return *std::max_element(lanes, lanes + kLanes);
 }
 
-QWIRE_INLINE int32_t total(i32v x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_epi32((__m512i)x);
-#else
-    int32_t lanes[kLanes], sum = 0;
-    store(lanes, x);
-    for (const int32_t lane : lanes) sum += lane;
-    return sum;
-#endif
+// Adds neighbours: lane i is the sum of lanes 2i and 2i + 1 of a and b, one behind the other.
+QWIRE_INLINE i32v pair_sums(i32v a, i32v b) {
+    return __builtin_shuffle(a, b, i32v{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+           __builtin_shuffle(a, b, i32v{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
 }
 
-// Stores 16 values, each within a byte, as the activations of `dot`.
+// Lane i is the sum of all lanes of x[i]: far fewer shuffles than 16 sums one by one.
+QWIRE_INLINE i32v totals(i32v (&x)[kLanes]) {
+    for (int width = kLanes; width > 1; width /= 2)
+        for (int i = 0; i < width / 2; ++i) x[i] = pair_sums(x[2 * i], x[2 * i + 1]);
+    return x[0];
+}
+
+// Stores 16 values as the activations of `dot`. Only the low bits of each lane count.
 QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 #if defined(__AVX512VNNI__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
@@ -88,25 +90,34 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     // Below the least normal number the inverse would be infinite: such a row counts as zero.
     const f32v inverse = splat(scale < 1.17549435e-38f ? 0.0f : 127.0f / absmax);
     const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
-    int32_t group = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const float* at = from + chunk * kChunk;
-        float rest[kChunk] = {};
-        if (size - chunk * kChunk < kChunk) {
-            std::memcpy(rest, at, size_t(size - chunk * kChunk) * sizeof(float));
-            at = rest;
-        }
-        const i32v low = (i32v)fma(load<f32v>(at), inverse, magic) - (i32v)magic;
-        const i32v high = (i32v)fma(load<f32v>(at + kLanes), inverse, magic) - (i32v)magic;
+    // Rounds a chunk, stores it, and returns the sum of its halves.
+    const auto round = [&](int64_t chunk, const float* at) __attribute__((always_inline)) {
+        const i32v low = (i32v)fma(load<f32v>(at), inverse, magic);
+        const i32v high = (i32v)fma(load<f32v>(at + kLanes), inverse, magic);
         int32_t* to = values + chunk * height * kChunkWords;
         store_values(to, low);
         store_values(to + kChunkWords / 2, high);
-        const int32_t sum = total(low + high);
-        sums[chunk * height] = sum;
-        group += sum;
-        if ((chunk + 1) % (kInt8Group / kChunk) == 0 || chunk + 1 == chunks) {
-            starts[chunk / (kInt8Group / kChunk) * height] = -128 * group;
-            group = 0;
+        return (low - (i32v)magic) + (high - (i32v)magic);
+    };
+    // 16 chunks at a time, for their sums.
+    for (int64_t first = 0; first < chunks; first += kLanes) {
+        const int64_t count = std::min<int64_t>(chunks - first, kLanes), whole = std::min(count, size / kChunk - first);
+        i32v halves[kLanes];
+        for (int64_t i = 0; i < whole; ++i) halves[i] = round(first + i, from + (first + i) * kChunk);
+        if (whole < count) {
+            float rest[kChunk] = {};
+            std::memcpy(rest, from + (first + whole) * kChunk, size_t(size % kChunk) * sizeof(float));
+            halves[whole] = round(first + whole, rest);
+        }
+        for (int64_t i = count; i < kLanes; ++i) halves[i] = i32v{};
+        int32_t lanes[kLanes];
+        store(lanes, totals(halves));
+        for (int64_t i = 0; i < count; ++i) sums[(first + i) * height] = lanes[i];
+        constexpr int64_t kPerGroup = kInt8Group / kChunk;
+        for (int64_t i = 0; i < count; i += kPerGroup) {
+            int32_t group = 0;
+            for (int64_t j = 0; j < kPerGroup; ++j) group += lanes[i + j];
+            starts[(first + i) / kPerGroup * height] = -128 * group;
         }
     }
 }

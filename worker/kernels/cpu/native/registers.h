@@ -21,7 +21,14 @@ typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Shorts __attribute__((vector_size(4 * kWidth)));
 
-QWIRE_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// Not by adding to zeros: for floats that is an addition, since -0 + 0 is 0.
+#if defined(__AVX512F__)
+QWIRE_INLINE Floats broadcast(float x) { return (Floats)_mm512_set1_ps(x); }
+#elif defined(__AVX2__)
+QWIRE_INLINE Floats broadcast(float x) { return (Floats)_mm256_set1_ps(x); }
+#else
+QWIRE_INLINE Floats broadcast(float x) { return Floats{x, x, x, x}; }
+#endif
 QWIRE_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
 
 QWIRE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
