@@ -54,15 +54,15 @@ def test_bfloat16_against_the_reference(tmp_path: Path, demo_folder: Path) -> No
         done = [len(ids) for ids in sequences]
         for ids, (drawn,) in zip(sequences, oracle.execute(steps), strict=True):
             ids.append(drawn.token_id)
-    wanted = [logits_of(oracle, ids, blocks, [96]) for ids, blocks in zip(sequences, tables, strict=True)]
-    tested = TorchRunner(tmp_path, num_blocks=64, kernels=choose_kernels("cpu").kernels, block_size=32)
+    whole = plan(*(chunk(ids, 0, blocks) for ids, blocks in zip(sequences, tables, strict=True)))
+    expected = oracle.forward_logits(whole)
+    tested = TorchRunner(tmp_path, num_blocks=64, kernels=choose_kernels("cpu", threads=2).kernels, block_size=32)
     assert (tested.dtype, tested.kv_dtype) == (torch.bfloat16, torch.bfloat16)
-    for ids, blocks, expected in zip(sequences, tables, wanted, strict=True):
-        got = logits_of(tested, ids, blocks, [11, 1, 1, 96])
-        best = expected.topk(2).values
-        clear = best[:, 0] - best[:, 1] > NEAR
-        assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
-        assert int(clear.sum()) > len(ids) // 2
+    got = tested.forward_logits(whole)
+    best = expected.topk(2).values
+    clear = best[:, 0] - best[:, 1] > NEAR
+    assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+    assert int(clear.sum()) > len(clear) * 0.9
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeGuard
@@ -38,6 +39,12 @@ def kv_bytes_per_block(config: ModelConfig, kv_dtype: torch.dtype, block_size: i
     heads = world * Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
     per_position = 2 * config.num_layers * heads * config.head_dim
     return per_position * block_size * kv_dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As torch.zeros, but pages that nothing has written yet take neither memory nor time, and large ones serve where
+    the system has them: numpy asks for that."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _multiplies(module: Module) -> TypeGuard[Matrix]:
@@ -90,7 +97,7 @@ class TorchRunner:
             shape = (self._kv_heads, num_blocks, block_size, self.config.head_dim)
             # One a layer.
             self.caches = tuple(
-                KVCache(torch.zeros(shape, dtype=self.kv_dtype), torch.zeros(shape, dtype=self.kv_dtype))
+                KVCache(_zeros(shape, self.kv_dtype), _zeros(shape, self.kv_dtype))
                 for _ in range(self.config.num_layers)
             )
 

@@ -430,10 +430,23 @@ void over_panels(int64_t first, int64_t count, F&& f) {
 
 int64_t packed_bytes(Format format, int64_t out, int64_t in) { return ceil_div(out, kPanel) * panel_bytes(format, in); }
 
+constexpr int64_t kPieceSteps = 64;  // of K
+
 void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t count, Format source,
                  const void* rows) {
     over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
         char* to = static_cast<char*>(packed) + panel * panel_bytes(format, in);
+        if (format == source && format != Format::kFloat32) {  // as most weights are: moved in pieces that caches hold
+            for (int64_t k = 0; k < in; k += kPieceSteps)
+                for (int64_t row = begin; row < end; ++row) {
+                    const int64_t column = row % kPanel, stop = k + kPieceSteps < in ? k + kPieceSteps : in;
+                    const uint16_t* from = static_cast<const uint16_t*>(rows) + (row - first) * in;
+                    uint16_t* half =
+                        reinterpret_cast<uint16_t*>(to) + (format == Format::kBfloat16 ? word_half(column) : column);
+                    for (int64_t i = k; i < stop; ++i) half[i * kPanel] = from[i];
+                }
+            return;
+        }
         for (int64_t k = 0; k < in; ++k)
             for (int64_t row = begin; row < end; ++row) {
                 const int64_t column = row % kPanel, index = (row - first) * in + k;
@@ -460,7 +473,10 @@ void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int
                 for (int64_t row = begin; row < end; ++row) {
                     const int8_t* values = q + (row - first) * in + from + k;
                     uint32_t four = 0;
-                    std::memcpy(&four, values, size_t(size - k < 4 ? size - k : 4));
+                    if (size - k >= 4)
+                        std::memcpy(&four, values, 4);  // of a size that compiles to one load
+                    else
+                        std::memcpy(&four, values, size_t(size - k));
                     four ^= 0x80808080u;
                     std::memcpy(to + row % kPanel * 4, &four, 4);
                 }
