@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
-import os
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import click
 import torch
@@ -19,15 +20,15 @@ from qwire.service.server import Listener, Server, run, until_signal
 from qwire.v1 import worker_pb2, worker_pb2_grpc
 from worker.config import WorkerConfig
 from worker.constraints.grammars import Grammars
-from worker.convert import convert_command
 from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
-from worker.identity import describe
-from worker.model import ModelConfig, ModelError, check_shares, weights_digest, weights_state
+from worker.identity import describe, read_digests
+from worker.kernels import ChosenKernels, NativeError, choose_kernels, pin_threads, usable_cpus
+from worker.model import ModelConfig, ModelError, check_shares, resolve_quantization, weights_state
 from worker.parallel import LOST, Group, GroupError, Place, run_ranks
 from worker.runner.parallel import ParallelRunner, follow
-from worker.runner.runner import TorchRunner, kv_bytes_per_block
+from worker.runner.runner import TorchRunner, kv_bytes_per_block, resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -61,32 +62,62 @@ class Remembered:
 
 def load(config: WorkerConfig, group: Group) -> TorchRunner:
     """Loads a rank's share of the model and makes room for its KV cache. Raises ModelError or ConfigError."""
-    if config.threads or group.world > 1:
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // group.world))
     started = time.monotonic()
-    block_bytes = kv_bytes_per_block(ModelConfig.read(config.model), config.dtype, config.block_size, group.world)
+    model = ModelConfig.read(config.model)
+    chosen = _choose(config, model, group)
+    kv_dtype = resolve_dtype(model, config.dtype if config.kv_dtype == "auto" else config.kv_dtype)
+    block_bytes = kv_bytes_per_block(model, kv_dtype, config.block_size, group.world)
     num_blocks = config.kv_blocks or config.kv_cache_mib * 1024 * 1024 // block_bytes
     if num_blocks < 1:
         raise ConfigError(f"--kv-cache-mib: one block takes {block_bytes} bytes")
     runner = TorchRunner(
-        config.model, num_blocks=num_blocks, block_size=config.block_size, dtype=config.dtype, group=group
+        config.model,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        quantize=config.quantize,
+        kernels=chosen.kernels,
+        group=group,
     )
+    if chosen.kernels.name == "cpu":
+        torch.set_num_threads(1)  # beside the kernels' own threads, torch's would only be in the way
     log.info(
-        "rank %d of %d loaded %s in %.1f s: %s on the reference kernels (torch %s, %s), %d threads, %d KV blocks of %d "
-        "(%d MiB in all)",
+        "rank %d of %d loaded %s in %.1f s: weights %s, KV %s, %d threads, %d KV blocks of %d (%d MiB in all)",
         group.rank,
         group.world,
         config.name,
         time.monotonic() - started,
-        runner.dtype,
-        torch.__version__,
-        torch.backends.cpu.get_cpu_capability(),
-        torch.get_num_threads(),
+        runner.dtype if runner.quantization == "none" else f"{runner.quantization} and {runner.dtype}",
+        runner.kv_dtype,
+        _threads(config, group),
         num_blocks,
         config.block_size,
         num_blocks * block_bytes // 2**20,
     )
     return runner
+
+
+def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKernels:
+    """The backend, with this rank's threads. Raises ConfigError."""
+    threads = _threads(config, group)
+    try:
+        chosen = choose_kernels(config.backend, config.isa, head_dim=model.head_dim, threads=threads)
+    except NativeError as error:
+        raise ConfigError(f"--{'backend' if config.isa == 'auto' else 'isa'}: {error}") from error
+    torch.set_num_threads(threads)
+    log.info(
+        "backend %s, instruction set %s (%s), torch %s",
+        chosen.kernels.name,
+        chosen.kernels.isa,
+        chosen.why,
+        torch.__version__,
+    )
+    return chosen
+
+
+def _threads(config: WorkerConfig, group: Group) -> int:
+    return config.threads or max(1, len(usable_cpus()) // group.world)
 
 
 def launch(config: WorkerConfig) -> None:
@@ -101,6 +132,10 @@ def launch(config: WorkerConfig) -> None:
         check_shares(model, config.tp)
     except ModelError as error:
         raise ConfigError(f"--tp: {error}") from error
+    try:
+        resolve_quantization(model, config.quantize)
+    except ModelError as error:
+        raise ConfigError(f"--{error}") from error
     sys.exit(run_ranks(config.tp, lambda place: rank_main(config, place), final=FINAL_STATUSES))
 
 
@@ -134,10 +169,13 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     Raises ModelError, ConfigError, and GroupError where the ranks don't come together.
     """
     state = weights_state(config.model)
-    digest = _digest(config, remembered, state)
-    runner = load(config, group)
+    known = remembered.weights if remembered.weights_state == state else None
+    # The files' digest takes as long as loading them does.
+    runner, digests = await asyncio.gather(
+        asyncio.to_thread(load, config, group), asyncio.to_thread(read_digests, config.model, known)
+    )
     grammars = Grammars.of(config.model, runner.config.vocab_size, runner.config.eos_token_ids)
-    info = describe(config, runner, digest.result(), constraints=grammars is not None)
+    info = describe(config, runner, digests, constraints=grammars is not None)
     group.connect(place.meeting, timeout=config.collective_timeout)
     lost = asyncio.Event()
     ranks = _leader(config, runner, group, lost) if group.world > 1 else None
@@ -164,8 +202,12 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     )
     address = await server.start()
     # Before anyone can know the address, or a group that dies now would leave it behind.
-    Remembered(address, digest.result(), state).leave(place)
+    Remembered(address, digests.weights, state).leave(place)
     print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
+    if group.world == 1 and _threads(config, group) == len(usable_cpus()):
+        # Threads that have all CPUs for themselves stay on them; others might be put on top of another process's. The
+        # engine's is the next to call a kernel.
+        pin_threads(runner.kernels, usable_cpus())
     engine.start()
     await server.set_serving(True)
     watching = asyncio.create_task(face.watch_steps())
@@ -197,18 +239,6 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     return 0
 
 
-def _digest(config: WorkerConfig, remembered: Remembered, state: str) -> Future[str]:
-    """The weights' digest: at once where an earlier group left it, else from a thread, while they are loaded too."""
-    if remembered.weights_state == state:
-        known: Future[str] = Future()
-        known.set_result(remembered.weights)
-        return known
-    thread = ThreadPoolExecutor(1, "digest")
-    digest = thread.submit(weights_digest, config.model)
-    thread.shutdown(wait=False)
-    return digest
-
-
 def _leader(config: WorkerConfig, runner: TorchRunner, group: Group, lost: asyncio.Event) -> ParallelRunner:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(LOST, lost.set)
@@ -219,13 +249,33 @@ def _leader(config: WorkerConfig, runner: TorchRunner, group: Group, lost: async
     return ParallelRunner(runner, group, timeout=config.collective_timeout, on_lost=on_lost)
 
 
-@click.group()
+class _Commands(click.Group):
+    """Commands that are imported when they are run: starting to serve shall not wait for the others' libraries."""
+
+    LAZY: ClassVar[Mapping[str, str]] = {
+        "bench": "worker.bench:bench_command",
+        "convert": "worker.convert:convert_command",
+        "doctor": "worker.doctor:doctor_command",
+        "quantize": "worker.quantize:quantize_command",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self.LAZY])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.LAZY:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = self.LAZY[cmd_name].partition(":")
+        found: click.Command = getattr(importlib.import_module(module), name)
+        return found
+
+
+@click.group(cls=_Commands)
 def main() -> None:
     """A worker: the model, its KV cache and the step loop."""
 
 
 main.add_command(command(WorkerConfig, launch, service="worker"))
-main.add_command(convert_command, "convert")
 
 if __name__ == "__main__":
     sys.exit(main(prog_name="python -m worker"))

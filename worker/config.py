@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from qwire.service.config import ConfigError, setting, settings
+from worker.kernels import BACKENDS, INSTRUCTION_SETS, QUANTIZED_FORMATS
+from worker.model.config import DTYPES
 
 
 @settings
@@ -23,10 +25,30 @@ class WorkerConfig:
     listen: str = setting(default="127.0.0.1:50061", help="Address for routers: host:port or unix:path.")
     insecure_bind: bool = setting(default=False, help="Allow an address that other machines can reach, without TLS.")
     worker_id: str = setting(default="", help="Names the worker in placements and logs; host and process id if empty.")
+    backend: str = setting(
+        default="auto",
+        help="Kernels: cpu (compiled at install), reference (plain torch), or auto: cpu where there is one.",
+        type=click.Choice(["auto", *BACKENDS]),
+    )
+    isa: str = setting(
+        default="auto",
+        help="Instruction set of the cpu kernels; auto takes the best that this machine has. Workers that are to give "
+        "the same tokens need the same one.",
+        type=click.Choice(["auto", *INSTRUCTION_SETS]),
+    )
     dtype: str = setting(
         default="auto",
-        help="What to compute in; auto is the checkpoint's own.",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="What weights are kept in that are not quantized; auto is the checkpoint's own. The reference kernels "
+        "compute in it, the cpu kernels in float32.",
+        type=click.Choice(["auto", *DTYPES]),
+    )
+    quantize: str = setting(
+        default="none",
+        help="What the weights are quantized to while they are loaded. A folder made by `qwire quantize` needs none.",
+        type=click.Choice(["none", *QUANTIZED_FORMATS]),
+    )
+    kv_dtype: str = setting(
+        default="auto", help="What keys and values are kept in; auto is as dtype.", type=click.Choice(["auto", *DTYPES])
     )
     kv_cache_mib: int = setting(default=1024, help="Memory for keys and values, of all ranks together, in MiB.")
     kv_blocks: int = setting(default=0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
@@ -39,7 +61,9 @@ class WorkerConfig:
         default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."
     )
     threads: int = setting(
-        default=0, help="Threads that a rank computes with; 0 takes one a core, or with --tp its share of the cores."
+        default=0,
+        help="Threads that a rank computes with; 0 takes one for each CPU that the process may use, by its affinity "
+        "and its control group, or with --tp its share of them.",
     )
     grace: float = setting(default=30.0, help="Seconds that running requests get when the worker is told to stop.")
 
@@ -54,6 +78,8 @@ class WorkerConfig:
             raise ConfigError(f"--collective-timeout: must be at least 1 second, not {self.collective_timeout:g}")
         if self.block_size < 1 or 256 % self.block_size:
             raise ConfigError(f"--block-size: must be a power of two up to 256, not {self.block_size}")
+        if self.isa != "auto" and self.backend == "reference":
+            raise ConfigError(f"--isa: {self.isa} is for the cpu kernels, and --backend says reference")
 
     @property
     def name(self) -> str:

@@ -7,11 +7,8 @@ Weights become the float32 values that the quantized ones stand for.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from worker.output import OutputError, whole_folder
+
 ARCHITECTURE = "llama"
 _CONTROL, _USER_DEFINED = 3, 4  # gguf's token types
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError)
@@ -33,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 class ConvertError(Exception):
-    """A file that cannot be converted, or a folder that cannot be written; the message says which and why."""
+    """A file that cannot be converted; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +62,12 @@ def convert_gguf(gguf_path: Path, out_folder: Path, progress: Progress | None = 
     """Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
     `gguf_path` is a file, or a folder that holds exactly one .gguf. The folder appears whole or not at all; it must not
-    exist yet. Raises ConvertError for another architecture, a damaged file, or a disk that cannot take the result.
+    exist yet. Raises ConvertError for another architecture or a damaged file, and OutputError where the result cannot
+    be written.
     """
     path = _one_file(gguf_path)
     if out_folder.exists():
-        raise ConvertError(f"{out_folder}: already exists")
+        raise OutputError(f"{out_folder}: already exists")
     try:
         reader = GGUFReader(path)
         fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
@@ -78,7 +78,7 @@ def convert_gguf(gguf_path: Path, out_folder: Path, progress: Progress | None = 
         raise ConvertError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise ConvertError(f"{path}: damaged, truncated or not a GGUF file: {error}") from error
-    with _whole_folder(out_folder) as folder:
+    with whole_folder(out_folder) as folder:
         try:
             _write_safetensors(folder / "model.safetensors", targets, progress)
         except _DAMAGE as error:
@@ -96,20 +96,6 @@ def _one_file(path: Path) -> Path:
     if len(found) != 1:
         raise ConvertError(f"{path}: expected exactly one .gguf file, found {len(found)}")
     return found[0]
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A sibling of `out` that becomes `out` at the end, or is removed."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise ConvertError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(path: Path, fields: dict[str, Any], tensors: list[ReaderTensor]) -> tuple[dict[str, Any], list[_Target]]:
@@ -286,6 +272,6 @@ def convert_command(gguf: Path, out: Path) -> None:
 
         try:
             convert_gguf(gguf, out, advance)
-        except ConvertError as error:
+        except (ConvertError, OutputError) as error:
             raise click.ClickException(str(error)) from error
     click.echo(f"{out}: written")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,32 +14,53 @@ from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.config import WorkerConfig
 from worker.constraints.grammars import numerics as grammar_numerics
-from worker.model import ModelConfig
+from worker.model import ModelConfig, weights_digest
 from worker.runner.runner import TorchRunner
 
 REFERENCE_NUMERICS_VERSION = 1
-"""To be counted up whenever the reference kernels give other bits than before."""
+CPU_NUMERICS_VERSION = 1
+"""To be counted up whenever these kernels give other bits than before."""
+NUMERICS_VERSIONS = {"reference": REFERENCE_NUMERICS_VERSION, "cpu": CPU_NUMERICS_VERSION}
 
 
-def describe(config: WorkerConfig, runner: TorchRunner, weights: str, *, constraints: bool) -> pb.WorkerInfo:
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """SHA-256 of a model's files."""
+
+    weights: str
+    config: str
+    tokenizer: str
+
+
+def read_digests(folder: Path, weights: str | None = None) -> Digests:
+    """Reads the files, the weights only where their digest is not known: about 0.6 s a GB, without holding the GIL.
+
+    Raises ModelError.
+    """
+    return Digests(
+        weights or weights_digest(folder), _digest(folder / "config.json"), _digest(folder / "tokenizer.json")
+    )
+
+
+def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, constraints: bool) -> pb.WorkerInfo:
     """What routers are told.
 
     Args:
-        weights: the digest of the model's weights.
         constraints: whether its output can be held to a format.
     """
     model = runner.config
-    dtype = str(runner.dtype).removeprefix("torch.")
-    tokenizer = _digest(config.model / "tokenizer.json")
-    fingerprint = _hash(weights, _digest(config.model / "config.json"))
+    dtype, kv_dtype = (str(kind).removeprefix("torch.") for kind in (runner.dtype, runner.kv_dtype))
+    fingerprint = _hash(digests.weights, digests.config)
     numerics = _hash(
         fingerprint.hex(),
-        tokenizer,
+        digests.tokenizer,
         f"dtype {dtype}",
-        "quantization none",
-        f"kv {dtype}",
-        f"backend reference {REFERENCE_NUMERICS_VERSION} torch {torch.__version__}",
-        f"isa {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        f"quantization {runner.quantization}",
+        f"kv {kv_dtype}",
+        f"backend {runner.kernels.name} {NUMERICS_VERSIONS[runner.kernels.name]} torch {torch.__version__}",
+        f"isa {runner.kernels.isa}",
+        # Sampling is torch's under either backend.
+        f"torch on {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"tp {config.tp} pp 1",
         grammar_numerics(),
     )
@@ -58,11 +80,11 @@ def describe(config: WorkerConfig, runner: TorchRunner, weights: str, *, constra
             context_length=min(model.max_positions, runner.num_blocks * runner.block_size),
             vocab_size=model.vocab_size,
             dtype=dtype,
-            quantization="none",
+            quantization=runner.quantization,
             capabilities=capabilities,
             default_sampling=default_sampling(model),
             eos_token_ids=model.eos_token_ids,
-            tokenizer_digest=tokenizer,
+            tokenizer_digest=digests.tokenizer,
             numerics_id=numerics.hex(),
         ),
         block_size=runner.block_size,
@@ -70,9 +92,9 @@ def describe(config: WorkerConfig, runner: TorchRunner, weights: str, *, constra
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         features=features,
-        backend="reference",
+        backend=runner.kernels.name,
         model_fingerprint=fingerprint,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -9,6 +9,7 @@ from qwire.cli.chat import chat
 from qwire.cli.demo import demo
 from qwire.cli.fetch import fetch
 from qwire.cli.generate import generate
+from qwire.cli.machine import bench, doctor, quantize
 from qwire.cli.models import models
 from qwire.cli.up import up
 
@@ -21,5 +22,5 @@ def main() -> None:
     """Qwen models behind gRPC."""
 
 
-for _command in (up, demo, fetch, generate, chat, models):
+for _command in (up, demo, fetch, quantize, generate, chat, models, bench, doctor):
     main.add_command(_command)

@@ -17,15 +17,17 @@ from qwire.stack import Stack, StackConfig, StackError
 @click.command()
 @click.option("--prompt", default="What is the capital of France?", metavar="TEXT", help="What to ask.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, help="Longest answer.")
+@click.option("--dtype", default="float32", metavar="NAME", help="What weights are kept in.")
+@click.option("--quantize", default="none", metavar="FORMAT", help="What weights are quantized to: none, int8 or int4.")
 @click.option("--verbose", is_flag=True, help="Show what the services log.")
-def demo(prompt: str, max_tokens: int, verbose: bool) -> None:
+def demo(prompt: str, max_tokens: int, dtype: str, quantize: str, verbose: bool) -> None:
     """Starts everything with a small model, asks it one question, and stops."""
     try:
         config = StackConfig(
             model=hub.resolve(hub.DEMO, sys.stderr),
             served_model_name=hub.DEMO,
             listen="127.0.0.1:0",
-            worker_flags=("--dtype", "float32"),
+            worker_flags=("--dtype", dtype, "--quantize", quantize),
         )
         with reported_errors():
             asyncio.run(run(config, prompt, max_tokens, verbose=verbose))

@@ -20,7 +20,9 @@ _MARGIN_SECONDS = 5.0
 @click.argument("model", default=hub.DEMO)
 @click.option("--listen", default=DEFAULT_ADDRESS, metavar="ADDRESS", help="Where clients connect; port 0 picks one.")
 @click.option("--served-model-name", metavar="NAME", help="What requests call the model.  [default: as MODEL]")
-@click.option("--dtype", metavar="NAME", help="What weights are computed in, such as float32.")
+@click.option("--dtype", metavar="NAME", help="What weights are kept in that are not quantized, such as float32.")
+@click.option("--quantize", metavar="FORMAT", help="What weights are quantized to: none, int8 or int4.")
+@click.option("--backend", metavar="NAME", help="Kernels of the workers: auto, cpu or reference.")
 @click.option("--kv-cache-mib", type=click.IntRange(1), metavar="MIB", help="Memory for each worker's KV cache.")
 @click.option("--workers", type=click.IntRange(1, 999), default=1, help="Worker processes, each with the whole model.")
 @click.option(
@@ -38,6 +40,8 @@ def up(
     listen: str,
     served_model_name: str | None,
     dtype: str | None,
+    quantize: str | None,
+    backend: str | None,
     kv_cache_mib: int | None,
     workers: int,
     placement: str,
@@ -49,8 +53,8 @@ def up(
 
     MODEL is a folder, a hub id such as Qwen/Qwen3-0.6B, or demo. Ctrl-C drains and stops; a second one kills.
     """
-    flags = [] if dtype is None else ["--dtype", dtype]
-    flags += [] if kv_cache_mib is None else ["--kv-cache-mib", str(kv_cache_mib)]
+    given = {"--dtype": dtype, "--quantize": quantize, "--backend": backend, "--kv-cache-mib": kv_cache_mib}
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
     # Workers that each take every core for themselves are slower together than one alone. What the user says comes
     # later on the command line, and wins.
     flags += [] if workers == 1 else ["--threads", str(max(1, len(os.sched_getaffinity(0)) // workers))]

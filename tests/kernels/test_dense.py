@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.kernels import pack
 from worker.kernels import KVCache, ReferenceKernels
 
 KERNELS = ReferenceKernels()
@@ -21,7 +22,7 @@ def test_linear(tiles: int, inner: int, outer: int, has_bias: bool, dtype: torch
     x = torch.randn(32 * tiles, inner, generator=generator).to(dtype)
     weight = torch.randn(outer, inner, generator=generator).to(dtype)
     bias = torch.randn(outer, generator=generator).to(dtype) if has_bias else None
-    prepared = KERNELS.prepare_linear(weight, bias)
+    prepared = pack(KERNELS, weight, bias)
     got = KERNELS.linear(x, prepared)
     wanted = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     assert got.dtype == dtype
@@ -33,7 +34,7 @@ def test_linear(tiles: int, inner: int, outer: int, has_bias: bool, dtype: torch
 
 
 def test_linear_refuses_unpadded_rows() -> None:
-    prepared = KERNELS.prepare_linear(torch.zeros(4, 4), None)
+    prepared = pack(KERNELS, torch.zeros(4, 4))
     with pytest.raises(ValueError, match="multiple of 32"):
         KERNELS.linear(torch.zeros(1, 4), prepared)
 

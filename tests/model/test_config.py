@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from worker.model import DefaultSampling, ModelConfig, ModelError
@@ -24,8 +25,8 @@ def test_fields(tmp_path: Path) -> None:
     assert config.eos_token_ids == (5, 3) and config.bos_token_id == 1 and config.pad_token_id == 0
     assert config.default_sampling == DefaultSampling(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
     assert config.windows == (None, None)
-    assert kv_bytes_per_block(config, "auto", 16) == 2 * 2 * 1 * 64 * 16 * 2
-    assert kv_bytes_per_block(config, "float32", 16) == 2 * kv_bytes_per_block(config, "bfloat16", 16)
+    assert kv_bytes_per_block(config, torch.bfloat16, 16) == 2 * 2 * 1 * 64 * 16 * 2
+    assert kv_bytes_per_block(config, torch.float32, 16) == 2 * kv_bytes_per_block(config, torch.bfloat16, 16)
 
 
 def test_eos_falls_back_to_config(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_windows(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures"),
         ({"architectures": None}, "architectures"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}}, "rope_parameters.rope_type"),
         ({"rope_theta": "big"}, "rope_theta"),

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tests.helpers.steps import greedy
 from worker.convert import ConvertError, convert_command, convert_gguf
 from worker.model import ModelConfig
+from worker.output import OutputError
 from worker.runner import TorchRunner
 
 LETTERS = ["<|end|>", *"abcdefgh", "Ġ", "ab"]
@@ -110,10 +111,10 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="exactly one"):
         convert_gguf(tmp_path, tmp_path / "out")
     write_gguf(tmp_path / "small.gguf")
-    with pytest.raises(ConvertError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         convert_gguf(tmp_path / "small.gguf", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConvertError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         convert_gguf(tmp_path / "small.gguf", tmp_path / "file" / "out")
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
-from worker.kernels import ReferenceKernels
+from worker.kernels import ReferenceKernels, WeightSpec
+from worker.kernels.interface import PACK_ROWS
 from worker.model import ModelConfig, ModelError, Shard, load_model, weights_digest, weights_state
-from worker.model.layers import Layer
+from worker.model.layers import Matrix
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -132,7 +133,24 @@ def test_digest_follows_the_bytes(tmp_path: Path) -> None:
 class Recorder(ReferenceKernels):
     """Keeps weights as they come."""
 
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Any:
+    def packer(self, spec: WeightSpec) -> Any:
+        return Kept(spec)
+
+
+class Kept:
+    def __init__(self, spec: WeightSpec) -> None:
+        self.spec = spec
+        self.pieces: list[Tensor] = []
+        self.next = 0
+
+    def put(self, row: int, rows: Tensor) -> None:
+        assert row == self.next and row % PACK_ROWS == 0
+        self.pieces.append(rows.clone())
+        self.next += len(rows)
+
+    def finish(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight = torch.cat(self.pieces)
+        assert weight.shape == (self.spec.out_features, self.spec.in_features)
         return weight, bias
 
 
@@ -141,13 +159,13 @@ def test_shards_tile_the_weights(tmp_path: Path, world: int) -> None:
     folder = write_random_qwen2(tmp_path / "model", heads=8, kv_heads=2, hidden=256, intermediate=512, tie=False)
     whole = load_file(folder / "model.safetensors")
     config = ModelConfig.read(folder)
-    layers: list[dict[str, Layer]] = []
+    layers: list[dict[str, Matrix]] = []
     for rank in range(world):
         model = load_model(folder, config, Recorder(), torch.float32, Shard(rank, world))
-        layers.append({name: layer for name, layer in model.named_modules() if isinstance(layer, Layer)})
+        layers.append({name: layer for name, layer in model.named_modules() if isinstance(layer, Matrix)})
 
     def gathered(name: str, index: int = 0) -> list[Tensor]:
-        return [rank[name].prepared[index] for rank in layers]  # type: ignore[index]
+        return [rank[name].prepared[index] for rank in layers]
 
     path = "model.layers.0"
     assert torch.equal(torch.cat(gathered("lm_head")), whole["lm_head.weight"])

@@ -15,7 +15,7 @@ from router.validation import MAX_REQUEST_ID
 
 SAMPLING = pb.SamplingParams(temperature=0.5, top_p=1, top_k=3, min_p=0, repetition_penalty=1, seed=2**64 - 1, n=2)
 STOP = pb.StopOptions(max_tokens=8, strings=["x" * 256] * 16)
-DIGEST = resume.digest(SAMPLING, STOP, pb.OutputOptions(), [5])
+DIGEST = resume.digest(SAMPLING, STOP, pb.OutputOptions(), pb.Constraint(), [5])
 
 
 def token(secret: str = "", **changes: object) -> bytes:
@@ -80,10 +80,11 @@ def test_another_prompt_or_other_parameters_are_noticed() -> None:
     state = resume.read("", token())
     resume.check_same(state, [1, 2, 3], DIGEST)
     others = [
-        resume.digest(pb.SamplingParams(temperature=0.6), STOP, pb.OutputOptions(), [5]),
-        resume.digest(SAMPLING, pb.StopOptions(max_tokens=8), pb.OutputOptions(), [5]),
-        resume.digest(SAMPLING, STOP, pb.OutputOptions(text=False), [5]),
-        resume.digest(SAMPLING, STOP, pb.OutputOptions(), [6]),
+        resume.digest(pb.SamplingParams(temperature=0.6), STOP, pb.OutputOptions(), pb.Constraint(), [5]),
+        resume.digest(SAMPLING, pb.StopOptions(max_tokens=8), pb.OutputOptions(), pb.Constraint(), [5]),
+        resume.digest(SAMPLING, STOP, pb.OutputOptions(text=False), pb.Constraint(), [5]),
+        resume.digest(SAMPLING, STOP, pb.OutputOptions(), pb.Constraint(regex="a"), [5]),
+        resume.digest(SAMPLING, STOP, pb.OutputOptions(), pb.Constraint(), [6]),
     ]
     for prompt, parameters in [([1, 2], DIGEST), *(([1, 2, 3], other) for other in others)]:
         with pytest.raises(QwireError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from tests.helpers.steps import chunk, logits_of, plan, table
 from worker.engine.plan import Chunk, Draw, SamplingParams, StepPlan
+from worker.kernels import QUANTIZED_FORMATS, choose_kernels
 from worker.runner import TorchRunner
 
 LENGTH = 530
@@ -34,14 +36,45 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(params=["qwen3-float32", "qwen3-bfloat16", "qwen3-float16", "qwen2-float32", "qwen2-bfloat16"])
-def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Path, str]:
-    model, _, dtype = request.param.partition("-")
-    return folders[model], dtype
+@dataclass(frozen=True)
+class Case:
+    """What a runner is made of."""
+
+    folder: Path
+    backend: str
+    dtype: str = "float32"
+    quantize: str = "none"
 
 
-def make(case: tuple[Path, str], block_size: int = 16) -> TorchRunner:
-    return TorchRunner(case[0], dtype=case[1], num_blocks=4096 // block_size, block_size=block_size)
+@pytest.fixture(
+    params=[
+        "cpu-qwen3-bfloat16",
+        "cpu-qwen3-int8",
+        "cpu-qwen3-int4",
+        "cpu-qwen2-float32",
+        "cpu-qwen2-float16",
+        "reference-qwen3-bfloat16",
+        "reference-qwen2-float32",
+    ]
+)
+def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Case:
+    backend, model, kind = request.param.split("-")
+    if kind in QUANTIZED_FORMATS:
+        return Case(folders[model], backend, "bfloat16", kind)
+    return Case(folders[model], backend, kind)
+
+
+def make(case: Case, block_size: int = 16, threads: int = 1) -> TorchRunner:
+    torch.set_num_threads(threads)
+    kernels = choose_kernels(case.backend, threads=threads).kernels
+    return TorchRunner(
+        case.folder,
+        dtype=case.dtype,
+        quantize=case.quantize,
+        num_blocks=4096 // block_size,
+        block_size=block_size,
+        kernels=kernels,
+    )
 
 
 def kv_of(runner: TorchRunner, blocks: tuple[int, ...], length: int) -> list[Tensor]:
@@ -56,9 +89,9 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("pieces", "length"),
-    [([1], 40), ([240, 1], 275), ([17], LENGTH), ([3, 250, 7, 1, 1, 40], LENGTH), ([512, 1], LENGTH)],
+    [([1], 275), ([17], LENGTH), ([3, 250, 7, 1, 1, 40], LENGTH), ([512, 1], LENGTH)],
 )
-def test_chunks_do_not_matter(case: tuple[Path, str], pieces: list[int], length: int) -> None:
+def test_chunks_do_not_matter(case: Case, pieces: list[int], length: int) -> None:
     runner = make(case)
     whole, parts = table(0, LENGTH, 16), table(100, LENGTH, 16)
     expected = logits_of(runner, IDS[:length], whole, [length])
@@ -66,7 +99,7 @@ def test_chunks_do_not_matter(case: tuple[Path, str], pieces: list[int], length:
     assert same(kv_of(runner, parts, length), kv_of(runner, whole, length))
 
 
-def test_mates_do_not_matter(case: tuple[Path, str]) -> None:
+def test_mates_do_not_matter(case: Case) -> None:
     runner = make(case)
     alone = table(0, LENGTH, 16)
     expected = logits_of(runner, IDS, alone, [LENGTH])
@@ -94,20 +127,32 @@ def test_mates_do_not_matter(case: tuple[Path, str]) -> None:
     assert same(kv_of(runner, scattered, LENGTH), kv_of(runner, alone, LENGTH))
 
 
-def test_threads_do_not_matter(case: tuple[Path, str]) -> None:
+def test_threads_do_not_matter(case: Case) -> None:
     expected = logits_of(make(case), IDS, table(0, LENGTH, 16), [400, 1, 1, 128])
-    torch.set_num_threads(2)
-    assert torch.equal(logits_of(make(case), IDS, table(0, LENGTH, 16), [400, 1, 1, 128]), expected)
+    assert torch.equal(logits_of(make(case, threads=2), IDS, table(0, LENGTH, 16), [400, 1, 1, 128]), expected)
+
+
+def test_the_size_of_a_batch_does_not_matter(case: Case) -> None:
+    """1, 3 and 16 sequences decode side by side, each with the logits that it has alone."""
+    runner = make(case)
+    prompts = [random_ids(20 + 7 * index, 100 + index) for index in range(16)]
+    tables = [table(10 * index, 150, 16) for index in range(16)]
+    alone = [logits_of(runner, ids, blocks, [len(ids) - 3, 1]) for ids, blocks in zip(prompts, tables, strict=True)]
+    for size in (1, 3, 16):
+        for back in (3, 2, 1):
+            step = plan(*(chunk([ids[-back]], len(ids) - back, tables[i]) for i, ids in enumerate(prompts[:size])))
+            expected = torch.stack([logits[-back] for logits in alone[:size]])
+            assert torch.equal(runner.forward_logits(step), expected)
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
-def test_block_size_does_not_matter(case: tuple[Path, str], block_size: int) -> None:
+def test_block_size_does_not_matter(case: Case, block_size: int) -> None:
     expected = logits_of(make(case), IDS, table(0, LENGTH, 16), [LENGTH])
     got = logits_of(make(case, block_size), IDS, table(3, LENGTH, block_size), [LENGTH - 2, 1])
     assert torch.equal(got, expected)
 
 
-def test_where_a_prefix_was_copied_from_does_not_matter(case: tuple[Path, str]) -> None:
+def test_where_a_prefix_was_copied_from_does_not_matter(case: Case) -> None:
     """A sequence shares one block of another, and has a copy of the next in the step in which that is written further;
     the copy comes by way of a third block."""
     runner = make(case)
@@ -120,7 +165,7 @@ def test_where_a_prefix_was_copied_from_does_not_matter(case: tuple[Path, str]) 
     assert same(kv_of(runner, (0, 4, 5, 6), len(ids)), kv_of(runner, table(50, 60, 16), len(ids)))
 
 
-def test_reused_blocks_do_not_leak(case: tuple[Path, str]) -> None:
+def test_reused_blocks_do_not_leak(case: Case) -> None:
     """What an earlier sequence left in a block, not-a-number included, does not reach the next one."""
     runner = make(case)
     blocks = table(0, 100, 16)
@@ -132,7 +177,7 @@ def test_reused_blocks_do_not_leak(case: tuple[Path, str]) -> None:
     assert torch.equal(logits_of(runner, IDS[:100], blocks, [90, 1]), expected)
 
 
-def test_draws_do_not_depend_on_the_batch(case: tuple[Path, str]) -> None:
+def test_draws_do_not_depend_on_the_batch(case: Case) -> None:
     runner = make(case)
     params = [
         SamplingParams(),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from tests.helpers.steps import chunk, logits_of, plan, table
+from worker.kernels import BACKENDS, choose_kernels
 from worker.runner import TorchRunner
 
 TOLERANCE = 1e-4
@@ -49,8 +50,8 @@ def random_ids(count: int, seed: int, vocab: int = 512) -> list[int]:
     return ids
 
 
-def check_parity(folder: Path) -> None:
-    runner = TorchRunner(folder, num_blocks=160)
+def check_parity(folder: Path, backend: str) -> None:
+    runner = TorchRunner(folder, num_blocks=160, kernels=choose_kernels(backend).kernels)
     expected_of = oracle(folder)
     prompts = [random_ids(count, seed) for seed, count in enumerate((1, 5, 64, 600))]
     expected = [expected_of(ids) for ids in prompts]
@@ -79,14 +80,16 @@ def check_parity(folder: Path) -> None:
         assert (whole - wanted).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", QWEN3_SHAPES)
-def test_qwen3_logits_match(tmp_path: Path, shape: dict[str, Any]) -> None:
-    check_parity(write_random_qwen3(tmp_path, seed=3, **shape))
+def test_qwen3_logits_match(tmp_path: Path, shape: dict[str, Any], backend: str) -> None:
+    check_parity(write_random_qwen3(tmp_path, seed=3, **shape), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", QWEN2_SHAPES)
-def test_qwen2_logits_match(tmp_path: Path, shape: dict[str, Any]) -> None:
-    check_parity(write_random_qwen2(tmp_path, seed=4, **shape))
+def test_qwen2_logits_match(tmp_path: Path, shape: dict[str, Any], backend: str) -> None:
+    check_parity(write_random_qwen2(tmp_path, seed=4, **shape), backend)
 
 
 def test_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What a backend computes, in which layout. Letters in shapes:
 
-    T  rows of the step: its tokens, padded with dummy rows to a multiple of `ROW_TILE`
+    T  rows of the step: its tokens, padded with dummy rows to a multiple of the backend's `row_tile`
     S  rows to draw from        V  vocabulary       H  hidden size      D  head size
     Q  query heads              K  key/value heads; Q is a multiple of K, query head q reads key/value head q // (Q / K)
 
@@ -17,14 +17,18 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-ROW_TILE = 32
-"""Callers pad T to a multiple of this: a matrix product over a fixed number of rows has bits that do not depend on
-the batch, and a product over one row would not be bit-equal to the same row among 32."""
+from worker.kernels.quantized import Format, QuantizedWeight
+
+QUANTIZED_FORMATS: tuple[Format, ...] = ("int8", "int4")
+
+PACK_ROWS = 32
+"""Packers take rows in multiples of this."""
 
 PreparedLinear: TypeAlias = Any
-"""A weight in the backend's own layout, from `Kernels.prepare_linear`; opaque to callers."""
+"""A weight in the backend's own layout, from a `Packer`; opaque to callers."""
 
 AttentionPlan: TypeAlias = Any
 """A step's gather indexes, tiles and masks, from `Kernels.plan_attention`; opaque to callers."""
@@ -32,7 +36,7 @@ AttentionPlan: TypeAlias = Any
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One layer's keys and values, each [K, blocks, block size, D], contiguous.
+    """One layer's keys and values, each [K, blocks, block size, D], contiguous; of a dtype of their own.
 
     Position p of a sequence lies in block `table[p // block_size]` at offset `p % block_size`.
     """
@@ -97,21 +101,81 @@ class LogitEdits:
     """Become -inf; the values don't matter."""
 
 
-class Kernels(Protocol):
-    """One backend. Weights and activations have the model's dtype unless a shape says otherwise."""
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A weight [out, in] that is about to be loaded, and what it is for."""
 
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
-        """Takes over `weight` [out, in] and `bias` [out] in whatever layout `linear` reads fastest."""
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    """What weights are kept in unless they are quantized."""
+    quantized: Format | None = None
+    multiplied: bool = True
+    """Whether `linear` will be called with it."""
+    looked_up: bool = False
+    """Whether `embed` will be."""
+
+
+class Packer(Protocol):
+    """Takes over a weight piece by piece, so that no second copy of it is ever whole in memory."""
+
+    def put(self, row: int, rows: Tensor | QuantizedWeight) -> None:
+        """The weight's rows from `row` on, a multiple of `PACK_ROWS`; all pieces but the last hold a multiple, too.
+
+        Rows come once each, in rising order, stored as the spec says. They may be overwritten afterwards.
+        """
         ...
 
-    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+    def finish(self, bias: Tensor | None) -> PreparedLinear:
+        """The whole weight, with its `bias` [out]; once all rows are there."""
+        ...
+
+
+class Kernels(Protocol):
+    """One backend. Between kernels, rows have the backend's `activation_dtype`; "activations" below.
+
+    `out` is memory of the result's size for a backend that can use it, contiguous; the result is what is returned.
+    """
+
+    @property
+    def name(self) -> str:
+        """As `--backend` calls it."""
+        ...
+
+    @property
+    def isa(self) -> str:
+        """The instruction set: what results' bits depend on besides the backend and its version."""
+        ...
+
+    @property
+    def row_tile(self) -> int:
+        """Callers pad T to a multiple of this."""
+        ...
+
+    def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What activations, norm weights and biases are kept in where weights are stored in `dtype`."""
+        ...
+
+    def packer(self, spec: WeightSpec) -> Packer: ...
+
+    def nbytes(self, prepared: PreparedLinear) -> int:
+        """Bytes that a product reads of a weight."""
+        ...
+
+    def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         """[T, in] to [T, out]: x @ weight.T + bias."""
+        ...
+
+    def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
+        """int64 ids [T] to the weight's rows, [T, in]."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (norm(x + residual) * weight, x + residual), both [T, H]; without `residual`, x itself is normed.
 
-        The norm is computed in float32: y / sqrt(mean(y²) + eps), rounded to the model's dtype, times the weight.
+        With `residual`, either argument's memory may hold the results.
+
+        The norm is computed in float32: y / sqrt(mean(y²) + eps), rounded to activations, times the weight.
         """
         ...
 
@@ -125,6 +189,7 @@ class Kernels(Protocol):
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Norms (where weights [D] are given) and rotates queries and keys, writes keys and values to the cache.
 
@@ -138,7 +203,9 @@ class Kernels(Protocol):
         """Prepares what all layers of a step share. `windows` names each sliding window that a layer will ask for."""
         ...
 
-    def paged_attention(self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None) -> Tensor:
+    def paged_attention(
+        self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None, out: Tensor | None = None
+    ) -> Tensor:
         """Causal attention over the cache for prefills, chunks and decodes in one call: [T, Q, D] to [T, Q * D].
 
         A query at position p reads positions max(0, p - window + 1) to p of its sequence. Scale is D^-0.5; arithmetic
@@ -146,7 +213,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, 2 * N], gate then up, to silu(gate) * up, [T, N]."""
         ...
 

@@ -5,6 +5,7 @@ from worker.model.digest import weights_digest, weights_state
 from worker.model.errors import ModelError
 from worker.model.loader import load_model
 from worker.model.plan import Shard, check_shares
+from worker.model.quantization import resolve_quantization
 from worker.model.qwen import CausalLM
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Shard",
     "check_shares",
     "load_model",
+    "resolve_quantization",
     "weights_digest",
     "weights_state",
 ]

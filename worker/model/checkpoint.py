@@ -1,4 +1,4 @@
-"""Reading safetensors: headers checked by us, tensors cut out of the mapped file by the safetensors library.
+"""Reading safetensors: headers are checked, and rows read where the header says that they lie.
 
 Format: https://github.com/huggingface/safetensors#format (u64 header length, JSON header, data).
 """
@@ -6,24 +6,28 @@ Format: https://github.com/huggingface/safetensors#format (u64 header length, JS
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worker.model.errors import ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_FLOATS: Final[Mapping[str, int]] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+)
+"""By safetensors' names: those that are read. Data are little-endian, as are the machines that this runs on."""
+FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,12 @@ class StoredTensor:
     """Where a tensor lies and what it is."""
 
     path: Path
+    name: str
     dtype: str
     """safetensors' name: F32, BF16, …"""
     shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -84,25 +91,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items() if isinstance(header, dict) else ():
         if name == "__metadata__":
             continue
-        tensors[name] = _stored(path, name, entry, size - 8 - length)
+        tensors[name] = _stored(path, name, entry, 8 + length, size)
     return tensors
 
 
-def _stored(path: Path, name: str, entry: Any, data_size: int) -> StoredTensor:
+def _stored(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
     try:
         dtype, shape, (start, stop) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         good = all(isinstance(size, int) and size >= 0 for size in (*shape, start, stop)) and start <= stop
+        if good and dtype in DTYPES:
+            good = stop - start == math.prod(shape) * DTYPES[dtype].itemsize
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise ModelError(f"{path}: {name}: damaged header entry")
-    if stop > data_size:
-        raise ModelError(f"{path}: {name}: the file is truncated: it ends {stop - data_size} bytes before this tensor")
-    return StoredTensor(path, dtype, shape)
+    missing = data_start + stop - size
+    if missing > 0:
+        raise ModelError(f"{path}: {name}: the file is truncated: it ends {missing} bytes before this tensor")
+    return StoredTensor(path, name, dtype, shape, data_start + start)
 
 
 class Checkpoint:
-    """A folder's tensors, each read when asked for. A context manager: files stay mapped until it is left."""
+    """A folder's tensors, each read when asked for. A context manager: files stay open until it is left.
+
+    Files are read, not mapped: pages of a mapped file count as the process's memory for as long as the kernel likes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -112,9 +125,8 @@ class Checkpoint:
                 if name in self.tensors:
                     raise ModelError(f"{path}: {name}: is also in {self.tensors[name].path.name}")
                 self.tensors[name] = stored
-        self._read: dict[str, None] = {}
-        self._files: dict[Path, Any] = {}
-        self._stack = ExitStack()
+        self._asked: dict[str, None] = {}
+        self._files: dict[Path, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -122,38 +134,51 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
         self._files.clear()
-        self._stack.close()
 
-    def read_into(self, target: Tensor, name: str, shape: tuple[int, ...], bounds: tuple[slice, ...]) -> None:
-        """Copies `bounds` of the tensor `name`, whose whole shape must be `shape`, into `target`, casting.
-
-        Raises ModelError if it is missing, of another shape, or not of a floating-point dtype.
-        """
+    def find(self, name: str, shape: tuple[int, ...], dtypes: Collection[str] = FLOATS) -> StoredTensor:
+        """The tensor `name`. Raises ModelError if it is missing, of another shape, or of none of these dtypes."""
         stored = self.tensors.get(name)
         if stored is None:
             raise ModelError(f"{self.folder}: {name}: missing from the weights")
-        self._read[name] = None
+        self._asked[name] = None
         if stored.shape != shape:
             raise ModelError(f"{stored.path}: {name}: expected shape {list(shape)}, found {list(stored.shape)}")
-        if stored.dtype not in _FLOATS:
-            raise ModelError(f"{stored.path}: {name}: dtype {stored.dtype} is not one of {', '.join(_FLOATS)}")
+        if stored.dtype not in dtypes:
+            raise ModelError(f"{stored.path}: {name}: dtype {stored.dtype} is not one of {', '.join(dtypes)}")
+        return stored
+
+    def rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor, in memory of their own. Raises ModelError."""
+        rest = stored.shape[1:]
+        out = torch.empty(stop - start, *rest, dtype=DTYPES[stored.dtype])
+        row_bytes = out.dtype.itemsize * math.prod(rest)
+        left = out.view(-1).view(torch.uint8).numpy().data
+        offset = stored.offset + start * row_bytes
         try:
-            part: Tensor = self._open(stored.path).get_slice(name)[bounds]
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"{stored.path}: {name}: cannot be read: {error}") from error
-        if target.dtype == torch.float16 and part.dtype != torch.float16 and bool((part.abs() > 65504.0).any()):
-            raise ModelError(f"{stored.path}: {name}: holds values beyond the range of float16")
-        target.copy_(part)
+            while left.nbytes:
+                count = os.preadv(self._open(stored.path), [left], offset)
+                if not count:
+                    raise ModelError(f"{stored.path}: {stored.name}: the file is truncated: it ends at byte {offset}")
+                left, offset = left[count:], offset + count
+        except OSError as error:
+            raise ModelError(f"{stored.path}: {stored.name}: cannot be read: {error.strerror or error}") from error
+        return out
 
     def unread(self) -> list[str]:
         """Names that nothing has asked for."""
-        return [name for name in self.tensors if name not in self._read]
+        return [name for name in self.tensors if name not in self._asked]
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path) -> int:
         if path not in self._files:
-            try:
-                self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
+            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[path]
+
+
+def cast(rows: Tensor, dtype: torch.dtype, stored: StoredTensor) -> Tensor:
+    """Rows of a stored tensor in `dtype`. Raises ModelError where float16 can't hold them."""
+    if dtype == torch.float16 and rows.dtype != torch.float16 and bool((rows.abs() > 65504.0).any()):
+        raise ModelError(f"{stored.path}: {stored.name}: holds values beyond the range of float16")
+    return rows.to(dtype)

@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from worker.kernels.interface import QUANTIZED_FORMATS
 from worker.model.errors import ModelError
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATION_FIELD = "quantization_config"
+QUANTIZATION_METHOD = "qwire"
+QUANTIZATION_VERSION = 1
+"""Of the layout of stored quantized weights; see `worker.model.quantization`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,9 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     """Per layer: the sliding window in positions, the query's own included, or None for full attention."""
     dtype: str
-    """The checkpoint's own: one of `DTYPES`."""
+    """The checkpoint's own: one of `DTYPES`. Of a quantized one, that of what isn't quantized."""
+    quantization: str = "none"
+    """How the checkpoint is stored: "none" or one of `QUANTIZED_FORMATS`."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     pad_token_id: int | None
@@ -191,6 +198,7 @@ def _parse(source: _Fields, generation: _Fields) -> ModelConfig:
         rope=rope,
         windows=_windows(source, num_layers),
         dtype=_dtype(source),
+        quantization=_quantization(source),
         eos_token_ids=generation.ids("eos_token_id") or source.ids("eos_token_id"),
         bos_token_id=next(iter(generation.ids("bos_token_id") or source.ids("bos_token_id")), None),
         pad_token_id=next(iter(generation.ids("pad_token_id") or source.ids("pad_token_id")), None),
@@ -201,12 +209,32 @@ def _parse(source: _Fields, generation: _Fields) -> ModelConfig:
 def _architecture(source: _Fields) -> str:
     if source.values.get("auto_map"):
         raise source.error("auto_map", "models that bring their own code are not run")
-    if source.values.get("quantization_config"):
-        raise source.error("quantization_config", "quantized checkpoints are not supported")
     names = source.values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         raise source.error("architectures", f"expected one of {', '.join(ARCHITECTURES)}, got {names!r}")
     return str(names[0])
+
+
+def _quantization(source: _Fields) -> str:
+    fields = source.section(QUANTIZATION_FIELD)
+    if not fields.values:
+        return "none"
+    if fields.values.get("quant_method") != QUANTIZATION_METHOD:
+        raise source.error(
+            f"{QUANTIZATION_FIELD}.quant_method",
+            f"only checkpoints made by `qwire quantize` are supported, got {fields.values.get('quant_method')!r}",
+        )
+    if fields.values.get("version") != QUANTIZATION_VERSION:
+        raise source.error(
+            f"{QUANTIZATION_FIELD}.version",
+            f"expected {QUANTIZATION_VERSION}, got {fields.values.get('version')!r}: make the folder anew",
+        )
+    if fields.values.get("format") not in QUANTIZED_FORMATS:
+        raise source.error(
+            f"{QUANTIZATION_FIELD}.format",
+            f"expected one of {', '.join(QUANTIZED_FORMATS)}, got {fields.values.get('format')!r}",
+        )
+    return str(fields.values["format"])
 
 
 def _dtype(source: _Fields) -> str:

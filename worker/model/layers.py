@@ -1,16 +1,15 @@
-"""The layers that hold weights. Each says what it wants from a checkpoint (`wanted`) and takes it over (`take`)."""
+"""The layers that hold weights. Each says what it wants from a checkpoint (`parts`) and takes it over (`take`)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from worker.kernels import Kernels
+from worker.kernels import Kernels, PreparedLinear
+from worker.model.module import Module
+from worker.model.plan import Shard
 from worker.parallel import Group
 
 
@@ -24,30 +23,37 @@ class Part:
     bias: bool = False
 
 
-class Layer(nn.Module, ABC):
+class Layer(Module):
     """A layer with weights."""
 
     parts: tuple[Part, ...]
     """Stacked in this order along the first dimension; `worker.model.plan.MERGED` names them if there are several."""
 
-    @abstractmethod
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over "weight" and, where its parts have one, "bias": this rank's share, in the model's dtype."""
+
+class Matrix(Layer):
+    """A layer whose weight the backend keeps in a layout of its own."""
+
+    prepared: PreparedLinear = None
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether the weight is used in products."""
+        return True
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether single rows of the weight are looked up."""
+        return False
 
 
-class Linear(Layer):
+class Linear(Matrix):
     """x @ weight.T + bias, over one stored weight or several merged ones."""
 
     def __init__(self, kernels: Kernels, *parts: Part) -> None:
-        super().__init__()
         self.kernels, self.parts = kernels, parts
-        self.prepared: Any = None
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        self.prepared = self.kernels.prepare_linear(tensors["weight"], tensors.get("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.prepared)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.kernels.linear(x, self.prepared, out)
 
 
 class RowLinear(Linear):
@@ -57,47 +63,51 @@ class RowLinear(Linear):
         super().__init__(kernels, part)
         self.group = group
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.group.sum(super().forward(x))
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.group.sum(self.kernels.linear(x, self.prepared, out))
 
 
 class RMSNorm(Layer):
     """Root mean square norm, fused with the residual sum before it."""
 
     weight: Tensor
+    """Of the activations' dtype."""
 
     def __init__(self, kernels: Kernels, size: int, eps: float) -> None:
-        super().__init__()
         self.kernels, self.eps = kernels, eps
         self.parts = (Part((size,), 1),)
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        self.weight = tensors["weight"]
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.kernels.rms_norm(x, self.weight, self.eps, residual)
 
 
-class Embedding(Layer):
-    """A table looked up by id. Each rank holds some of its rows and gives zeros for the ids of others."""
+class Embedding(Matrix):
+    """A table looked up by id. Each rank holds some of its rows and gives zeros for the ids of others.
 
-    weight: Tensor
+    Args:
+        tied: whether the table is the output layer's weight as well; they share one copy where the backend can.
+    """
 
-    def __init__(self, group: Group, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.group = group
+    def __init__(self, kernels: Kernels, group: Group, vocab_size: int, hidden_size: int, tied: bool) -> None:
+        self.kernels, self.group, self.tied = kernels, group, tied
+        self.vocab_size = vocab_size
         self.parts = (Part((vocab_size, hidden_size), vocab_size),)
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        self.weight = tensors["weight"]
+    @property
+    def multiplied(self) -> bool:
+        return self.tied
 
-    def forward(self, ids: Tensor) -> Tensor:
+    @property
+    def looked_up(self) -> bool:
+        return True
+
+    def __call__(self, ids: Tensor) -> Tensor:
         if self.group.world == 1:
-            return torch.embedding(self.weight, ids)
-        rows = self.weight.shape[0]
+            return self.kernels.embed(ids, self.prepared)
+        rows = Shard(self.group.rank, self.group.world).rows(self.vocab_size)
         own = ids - self.group.rank * rows
         foreign = (own < 0) | (own >= rows)
-        found = torch.embedding(self.weight, own.clamp(0, rows - 1)).masked_fill_(foreign[:, None], 0.0)
+        found = self.kernels.embed(own.clamp(0, rows - 1), self.prepared).masked_fill_(foreign[:, None], 0.0)
         return self.group.sum(found)
 
 

@@ -10,12 +10,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from worker.kernels import AttentionPlan, Kernels, KVCache
 from worker.model.config import ModelConfig
 from worker.model.layers import Embedding, Head, Linear, Part, RMSNorm, RowLinear
+from worker.model.module import Module, ModuleList
+from worker.model.plan import Shard
 from worker.parallel import Group
+
+
+class Buffers:
+    """Memory for what layers hand on within themselves, so that steps of few rows need not allocate it hundreds of
+    times. A buffer's contents last until the next layer asks for it.
+
+    Steps of many rows get fresh memory: there, allocating is nothing beside the work.
+    """
+
+    ROWS = 64
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._whole: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int) -> Tensor:
+        """[rows, columns]; `columns` is always the same for a name."""
+        found = self._views.get((name, rows))
+        if found is not None:
+            return found
+        if rows > self.ROWS:
+            return torch.empty(rows, columns, dtype=self._dtype)
+        if name not in self._whole:
+            self._whole[name] = torch.empty(self.ROWS, columns, dtype=self._dtype)
+        self._views[name, rows] = view = self._whole[name][:rows]
+        return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +58,13 @@ class StepInputs:
     slots: Tensor
     """int64 [tokens]: where each real row's key and value go."""
     attention: AttentionPlan
+    buffers: Buffers
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Grouped-query attention over the paged cache; Qwen3 norms each query and key head before rotating it."""
 
     def __init__(self, config: ModelConfig, window: int | None, kernels: Kernels, group: Group) -> None:
-        super().__init__()
         self.kernels, self.window, self.eps = kernels, window, config.rms_norm_eps
         size, hidden = config.head_dim, config.hidden_size
         query_heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -47,10 +77,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(kernels, size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(kernels, size, config.rms_norm_eps) if config.qk_norm else None
         self.o_proj = RowLinear(kernels, group, Part((hidden, query_heads * size), query_heads, config.output_bias))
+        shard = Shard(group.rank, group.world)
+        # This rank's.
+        self.query_size = size * shard.local(query_heads, "num_attention_heads")
+        self.qkv_size = self.query_size + 2 * size * shard.local(kv_heads, "num_key_value_heads")
 
-    def forward(self, x: Tensor, step: StepInputs, cache: KVCache) -> Tensor:
+    def __call__(self, x: Tensor, step: StepInputs, cache: KVCache) -> Tensor:
+        rows, take = x.shape[0], step.buffers.take
         queries = self.kernels.rope_and_cache(
-            self.qkv_proj(x),
+            self.qkv_proj(x, take("qkv", rows, self.qkv_size)),
             step.cos,
             step.sin,
             cache,
@@ -58,75 +93,76 @@ class Attention(nn.Module):
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self.eps,
+            take("queries", rows, self.query_size),
         )
-        attended = self.kernels.paged_attention(queries, cache, step.attention, self.window)
-        out: Tensor = self.o_proj(attended)
-        return out
+        attended = self.kernels.paged_attention(
+            queries, cache, step.attention, self.window, take("attended", rows, self.query_size)
+        )
+        return self.o_proj(attended, take("hidden", rows, x.shape[1]))
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
-        super().__init__()
         self.kernels = kernels
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(kernels, Part((inner, hidden), inner), Part((inner, hidden), inner))
         self.down_proj = RowLinear(kernels, group, Part((hidden, inner), inner))
+        self.inner_size = Shard(group.rank, group.world).local(inner, "intermediate_size")
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))
-        return out
+    def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
+        rows, take = x.shape[0], step.buffers.take
+        gate_up = self.gate_up_proj(x, take("gate_up", rows, 2 * self.inner_size))
+        gated = self.kernels.silu_mul(gate_up, take("gated", rows, self.inner_size))
+        return self.down_proj(gated, take("hidden", rows, x.shape[1]))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """Attention and MLP, each on the norm of the residual stream, which travels beside the activations."""
 
     def __init__(self, config: ModelConfig, index: int, kernels: Kernels, group: Group) -> None:
-        super().__init__()
         self.input_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, config.windows[index], kernels, group)
         self.post_attention_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, kernels, group)
 
-    def forward(self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, step, cache)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, step), residual
 
 
-class Model(nn.Module):
+class Model(Module):
     """The backbone: ids to hidden states."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(group, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, kernels, group) for i in range(config.num_layers))
+        self.embed_tokens = Embedding(
+            kernels, group, config.vocab_size, config.hidden_size, tied=config.tie_word_embeddings
+        )
+        self.layers = ModuleList(DecoderLayer(config, i, kernels, group) for i in range(config.num_layers))
         self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
+    def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
         x, residual = self.embed_tokens(ids), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, step, cache)
-        normed: Tensor = self.norm(x, residual)[0]
-        return normed
+        return self.norm(x, residual)[0]
 
 
-class CausalLM(nn.Module):
+class CausalLM(Module):
     """The backbone and the projection of hidden states to logits, which only chosen rows go through."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
-        super().__init__()
         self.config = config
         self.model = Model(config, kernels, group)
         self.lm_head = Head(kernels, group, config.vocab_size, config.hidden_size)
 
-    def forward(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
+    def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
         """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer."""
-        hidden: Tensor = self.model(ids, step, caches)
-        return hidden
+        return self.model(ids, step, caches)
 
     def compute_logits(self, hidden: Tensor, count: int) -> Tensor | None:
-        """Hidden states [R, H], R a multiple of 32, to the first `count` rows' float32 logits [count, V], on rank 0."""
+        """Hidden states [R, H], R padded as T is, to the first `count` rows' float32 logits [count, V], on rank 0."""
         return self.lm_head.logits(hidden, count)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from worker.engine.plan import Drawn, StepPlan
-from worker.kernels import Kernels, KVCache, ReferenceKernels
-from worker.model import ModelConfig, ModelError, Shard, check_shares, load_model
+from worker.kernels import Kernels, KVCache, choose_kernels
+from worker.model import ModelConfig, ModelError, Shard, check_shares, load_model, resolve_quantization
 from worker.model.config import DTYPES
-from worker.model.qwen import StepInputs
+from worker.model.layers import Matrix
+from worker.model.module import Module
+from worker.model.qwen import Buffers, StepInputs
 from worker.model.rope import rotation_table
 from worker.parallel import Group
 from worker.runner.batch import StepArrays, build_step, padded
@@ -29,17 +33,33 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return resolved
 
 
-def kv_bytes_per_block(config: ModelConfig, dtype: str, block_size: int, world: int = 1) -> int:
+def kv_bytes_per_block(config: ModelConfig, kv_dtype: torch.dtype, block_size: int, world: int = 1) -> int:
     """Bytes of cache that one block takes over all layers, keys and values, and over all of `world` ranks (a head that
-    several of them hold counts as often); `dtype` as for `TorchRunner`."""
+    several of them hold counts as often)."""
     heads = world * Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
     per_position = 2 * config.num_layers * heads * config.head_dim
-    return per_position * block_size * resolve_dtype(config, dtype).itemsize
+    return per_position * block_size * kv_dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As torch.zeros, but pages that nothing has written yet take neither memory nor time, and large ones serve where
+    the system has them: numpy asks for that."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _multiplies(module: Module) -> TypeGuard[Matrix]:
+    return isinstance(module, Matrix) and module.multiplied
 
 
 class TorchRunner:
     """A model, or a rank's share of it, on this process's CPU with its paged KV cache. Not thread-safe: one step at a
     time. The ranks of a group must execute the same plans in the same order.
+
+    Args:
+        dtype: what weights are kept in that are not quantized; "auto" is the checkpoint's own.
+        kv_dtype: what keys and values are kept in; "auto" is `dtype`.
+        quantize: "none", or what the weights are quantized to while they are loaded.
+        kernels: the backend; None takes the best there is, on one thread.
 
     Raises ModelError from the constructor for a folder that cannot be served.
     """
@@ -51,6 +71,8 @@ class TorchRunner:
         num_blocks: int,
         block_size: int = 16,
         dtype: str = "auto",
+        kv_dtype: str = "auto",
+        quantize: str = "none",
         kernels: Kernels | None = None,
         group: Group | None = None,
     ) -> None:
@@ -58,21 +80,24 @@ class TorchRunner:
             raise ValueError(f"need at least one block, of a size that divides 256: got {num_blocks} of {block_size}")
         self.config = ModelConfig.read(folder)
         self.dtype = resolve_dtype(self.config, dtype)
+        self.kv_dtype = self.dtype if kv_dtype == "auto" else resolve_dtype(self.config, kv_dtype)
+        self.quantization = resolve_quantization(self.config, quantize)
         self._num_blocks, self._block_size = num_blocks, block_size
-        self._kernels = kernels or ReferenceKernels()
+        self.kernels = kernels or choose_kernels(head_dim=self.config.head_dim).kernels
         # Longer sequences than the cache holds cannot come up.
         self._max_positions = min(self.config.max_positions, num_blocks * block_size)
         group = group or Group()
         check_shares(self.config, group.world)
         self._kv_heads = Shard(group.rank, group.world).local(self.config.num_kv_heads, "num_key_value_heads")
+        self._buffers = Buffers(self.kernels.activation_dtype(self.dtype))
         self._windows = tuple(dict.fromkeys(self.config.windows))
         with torch.inference_mode():
-            self._model = load_model(folder, self.config, self._kernels, self.dtype, group=group)
+            self._model = load_model(folder, self.config, self.kernels, self.dtype, group=group, quantize=quantize)
             self._cos, self._sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
             shape = (self._kv_heads, num_blocks, block_size, self.config.head_dim)
             # One a layer.
             self.caches = tuple(
-                KVCache(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+                KVCache(_zeros(shape, self.kv_dtype), _zeros(shape, self.kv_dtype))
                 for _ in range(self.config.num_layers)
             )
 
@@ -83,6 +108,27 @@ class TorchRunner:
     @property
     def block_size(self) -> int:
         return self._block_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of this rank's weights, each once: all but a table that is only looked up."""
+        matrices = {id(m.prepared): m.prepared for _, m in self._model.named_modules() if _multiplies(m)}
+        return sum(self.kernels.nbytes(prepared) for prepared in matrices.values())
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """Of this rank's cache."""
+        return 2 * self.config.num_layers * self._kv_heads * self.config.head_dim * self.kv_dtype.itemsize
+
+    def operations(self, start: int, stop: int, *, draws: int) -> int:
+        """Multiplications and additions of computing a sequence's positions `start` to `stop` and drawing from the last
+        one, all ranks together."""
+        config = self.config
+        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        layer = config.hidden_size * (2 * query + 2 * kv + 3 * config.intermediate_size)
+        attended = (stop * (stop + 1) - start * (start + 1)) // 2
+        head = draws * config.hidden_size * config.vocab_size
+        return 2 * (config.num_layers * ((stop - start) * layer + 2 * query * attended) + head)
 
     def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         """See `worker.engine.plan.ModelRunner.execute`. Rank 0 alone draws: on others every entry is empty."""
@@ -97,7 +143,7 @@ class TorchRunner:
             logits = self._logits(hidden[torch.from_numpy(rows)])
             if logits is None:
                 return [[] for _ in plan.chunks]
-            drawn = iter(draw_all(self._kernels, logits, draws))
+            drawn = iter(draw_all(self.kernels, logits, draws))
         return [[next(drawn) for _ in chunk.draws] for chunk in plan.chunks]
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -114,7 +160,14 @@ class TorchRunner:
         return torch.empty(0, self.config.vocab_size) if logits is None else logits
 
     def _build(self, plan: StepPlan) -> StepArrays:
-        return build_step(plan, self._num_blocks, self._block_size, self._max_positions, self.config.vocab_size)
+        return build_step(
+            plan,
+            num_blocks=self._num_blocks,
+            block_size=self._block_size,
+            max_positions=self._max_positions,
+            vocab_size=self.config.vocab_size,
+            row_tile=self.kernels.row_tile,
+        )
 
     def _hidden(self, step: StepArrays) -> Tensor:
         positions = torch.from_numpy(step.positions)
@@ -122,13 +175,14 @@ class TorchRunner:
             cos=self._cos[positions],
             sin=self._sin[positions],
             slots=torch.from_numpy(step.slots),
-            attention=self._kernels.plan_attention(step.ragged, self._kv_heads, self._windows),
+            attention=self.kernels.plan_attention(step.ragged, self._kv_heads, self._windows),
+            buffers=self._buffers,
         )
-        hidden: Tensor = self._model(torch.from_numpy(step.ids), inputs, self.caches)
-        return hidden
+        return self._model(torch.from_numpy(step.ids), inputs, self.caches)
 
     def _logits(self, rows: Tensor) -> Tensor | None:
         count = rows.shape[0]
-        full = rows.new_zeros(padded(count), rows.shape[1])
-        full[:count] = rows
-        return self._model.compute_logits(full, count)
+        whole = padded(count, self.kernels.row_tile)
+        if whole != count:
+            rows = torch.cat((rows, rows.new_zeros(whole - count, rows.shape[1])))
+        return self._model.compute_logits(rows, count)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from worker.kernels.interface import AttentionPlan, KVCache, LogitEdits, PreparedLinear, RaggedBatch, SamplingBatch
+from worker.kernels.interface import (
+    AttentionPlan,
+    KVCache,
+    LogitEdits,
+    Packer,
+    PreparedLinear,
+    RaggedBatch,
+    SamplingBatch,
+    WeightSpec,
+)
 from worker.kernels.reference import attention, dense, rope, sampling
 from worker.kernels.reference import logits as logits_
 
@@ -14,13 +24,32 @@ __all__ = ["ReferenceKernels"]
 
 
 class ReferenceKernels:
-    """Implements `worker.kernels.Kernels`; stateless."""
+    """Implements `worker.kernels.Kernels`; stateless. Activations have the dtype that weights are kept in.
 
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
-        return dense.prepare_linear(weight, bias)
+    Quantized weights are kept as the floating-point values that they stand for.
+    """
 
-    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+    name = "reference"
+    row_tile = dense.ROW_TILE
+
+    @property
+    def isa(self) -> str:
+        return torch.backends.cpu.get_cpu_capability()
+
+    def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def packer(self, spec: WeightSpec) -> Packer:
+        return dense.ReferencePacker(spec)
+
+    def nbytes(self, prepared: PreparedLinear) -> int:
+        return dense.nbytes(prepared)
+
+    def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return dense.linear(x, prepared)
+
+    def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
+        return dense.embed(ids, prepared)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return dense.rms_norm(x, weight, eps, residual)
@@ -35,16 +64,19 @@ class ReferenceKernels:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         return rope.rope_and_cache(qkv, cos, sin, cache, slots, q_norm, k_norm, eps)
 
     def plan_attention(self, batch: RaggedBatch, kv_heads: int, windows: Sequence[int | None]) -> AttentionPlan:
         return attention.plan_attention(batch, kv_heads, windows)
 
-    def paged_attention(self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None) -> Tensor:
+    def paged_attention(
+        self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None, out: Tensor | None = None
+    ) -> Tensor:
         return attention.paged_attention(queries, cache, plan, window)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
         return dense.silu_mul(gate_up)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:

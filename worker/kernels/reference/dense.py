@@ -8,17 +8,49 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from worker.kernels.interface import ROW_TILE
+from worker.kernels.interface import WeightSpec
+from worker.kernels.quantized import QuantizedWeight, dequantize, quantize
+
+ROW_TILE = 32
+"""A matrix product over a fixed number of rows has bits that do not depend on the batch; a product over one row would
+not be bit-equal to the same row among 32."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLinear:
-    """A weight as `linear` reads it."""
+    """A weight as `linear` and `embed` read it."""
 
-    weight: Tensor
-    """oneDNN's blocked layout if `packed`, else [out, in]."""
+    table: Tensor | None
+    """[out, in], where rows are looked up."""
+    weight: Tensor | None
+    """oneDNN's blocked layout if `packed`, else [out, in]; None where there are no products."""
     bias: Tensor | None
     packed: bool
+
+
+class ReferencePacker:
+    """Implements `worker.kernels.Packer`."""
+
+    def __init__(self, spec: WeightSpec) -> None:
+        self._spec = spec
+        self._weight = torch.empty(spec.out_features, spec.in_features, dtype=spec.dtype)
+
+    def put(self, row: int, rows: Tensor | QuantizedWeight) -> None:
+        if self._spec.quantized and isinstance(rows, Tensor):
+            rows = quantize(rows, self._spec.quantized)
+        if isinstance(rows, QuantizedWeight):
+            rows = dequantize(rows)
+        self._weight[row : row + rows.shape[0]] = rows
+
+    def finish(self, bias: Tensor | None) -> ReferenceLinear:
+        """Packs the weight for products with `ROW_TILE` rows, 2 to 3 times faster than a plain one at so few rows."""
+        weight = self._weight
+        table = weight if self._spec.looked_up else None
+        if not self._spec.multiplied:
+            return ReferenceLinear(table, None, bias, packed=False)
+        if _packs(weight.dtype):
+            return ReferenceLinear(table, torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE), bias, packed=True)
+        return ReferenceLinear(table, weight, bias, packed=False)
 
 
 @cache
@@ -35,11 +67,16 @@ def _packs(dtype: torch.dtype) -> bool:
     return True
 
 
-def prepare_linear(weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
-    """Packs the weight for products with `ROW_TILE` rows, 2 to 3 times faster than a plain one at so few rows."""
-    if weight.device.type == "cpu" and _packs(weight.dtype):
-        return ReferenceLinear(torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE), bias, packed=True)
-    return ReferenceLinear(weight.contiguous(), bias, packed=False)
+def embed(ids: Tensor, prepared: ReferenceLinear) -> Tensor:
+    """See `Kernels.embed`."""
+    if prepared.table is None:
+        raise ValueError("this weight was not packed to be looked up")
+    return torch.embedding(prepared.table, ids)
+
+
+def nbytes(prepared: ReferenceLinear) -> int:
+    """See `Kernels.nbytes`."""
+    return 0 if prepared.weight is None else prepared.weight.numel() * prepared.weight.dtype.itemsize
 
 
 def linear(x: Tensor, prepared: ReferenceLinear) -> Tensor:
@@ -51,6 +88,8 @@ def linear(x: Tensor, prepared: ReferenceLinear) -> Tensor:
 
 
 def _tile(x: Tensor, prepared: ReferenceLinear) -> Tensor:
+    if prepared.weight is None:
+        raise ValueError("this weight was not packed for products")
     if prepared.packed:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, prepared.weight, prepared.bias, "none", [], "")
         return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels.interface import LogitEdits
-from worker.kernels.reference.sampling import total_mass
+from worker.kernels.reference.sampling import TORCH_SELECTION
 
 
 def edit_logits(logits: Tensor, edits: LogitEdits) -> None:
@@ -33,7 +33,7 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor
     """See `Kernels.logprobs`."""
     count = min(count, logits.shape[1])
     peak = logits.amax(-1)
-    log_total = (peak.double() + total_mass(logits, peak).log()).float()
+    log_total = (peak.double() + TORCH_SELECTION.total_mass(logits, peak).log()).float()
     drawn = logits.gather(1, tokens[:, None]).squeeze(1) - log_total
     if not count:
         none = logits.new_empty(len(logits), 0)

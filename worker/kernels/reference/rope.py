@@ -40,5 +40,7 @@ def rope_and_cache(
         (cache.keys, turned[:tokens, q_heads:]),
         (cache.values, heads[:tokens, q_heads + kv_heads :]),
     ):
-        pool.view(kv_heads, num_blocks * block_size, head_dim).index_copy_(1, slots, written.transpose(0, 1))
+        pool.view(kv_heads, num_blocks * block_size, head_dim).index_copy_(
+            1, slots, written.transpose(0, 1).to(pool.dtype)
+        )
     return turned[:, :q_heads]

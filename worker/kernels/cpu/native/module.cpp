@@ -5,7 +5,12 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "linear.h"
+#include "machine_limits.h"
 #include "pool.h"
+#include "rows.h"
+#include "select.h"
 
 namespace py = pybind11;
 
@@ -33,10 +38,134 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
+using Address = uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void paged_attention(Address queries, int64_t query_stride, int64_t q_heads, Address keys, Address values, int kv_type,
+                     int64_t kv_heads, int64_t blocks, int64_t block_size, int64_t head_dim, Address starts,
+                     Address lengths, Address tables, Address table_starts, int64_t chunks, int64_t window, Address out) {
+    const py::gil_scoped_release unlocked;
+    qwire::paged_attention(
+        at<const float>(queries), query_stride, q_heads,
+        {at<const void>(keys), at<const void>(values), qwire::KvType(kv_type), kv_heads, blocks, block_size, head_dim},
+        {at<const int64_t>(starts), at<const int64_t>(lengths), at<const int64_t>(tables),
+         at<const int64_t>(table_starts), chunks},
+        window, at<float>(out));
+}
+
+void rms_norm(Address x, Address residual, Address weight, float eps, Address out, Address sums, int64_t rows,
+              int64_t size) {
+    const py::gil_scoped_release unlocked;
+    qwire::rms_norm(at<const float>(x), at<const float>(residual), at<const float>(weight), eps, at<float>(out),
+                    at<float>(sums), rows, size);
+}
+
+void rope_and_cache(Address qkv, Address cos, Address sin, Address q_norm, Address k_norm, float eps, Address slots,
+                    int64_t rows, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+                    int64_t slots_a_head, Address keys, Address values, int kv_type, Address out) {
+    const py::gil_scoped_release unlocked;
+    qwire::rope_and_cache({at<const float>(qkv), at<const float>(cos), at<const float>(sin), at<const float>(q_norm),
+                           at<const float>(k_norm), eps, at<const int64_t>(slots), rows, tokens, q_heads, kv_heads,
+                           head_dim, slots_a_head, at<void>(keys), at<void>(values), qwire::KvType(kv_type),
+                           at<float>(out)});
+}
+
+void silu_mul(Address gate_up, Address out, int64_t rows, int64_t size) {
+    const py::gil_scoped_release unlocked;
+    qwire::silu_mul(at<const float>(gate_up), at<float>(out), rows, size);
+}
+
+void argmax(Address logits, int64_t rows, int64_t size, Address ids) {
+    const py::gil_scoped_release unlocked;
+    qwire::argmax(at<const float>(logits), rows, size, at<int64_t>(ids));
+}
+
+void top_values(Address logits, int64_t rows, int64_t size, int64_t k, Address values, Address ids) {
+    const py::gil_scoped_release unlocked;
+    qwire::top_values(at<const float>(logits), rows, size, k, at<float>(values), at<int64_t>(ids));
+}
+
+void total_mass(Address logits, Address peaks, int64_t rows, int64_t size, Address masses) {
+    const py::gil_scoped_release unlocked;
+    qwire::total_mass(at<const float>(logits), at<const float>(peaks), rows, size, at<double>(masses));
+}
+
+// Kernels may take long enough for other Python threads to want the lock.
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void def_linear(py::module_& module) {
+    using qwire::Format;
+    module.def("packed_bytes",
+               [](int format, int64_t out, int64_t in) { return qwire::packed_bytes(Format(format), out, in); });
+    module.def(
+        "pack_floats",
+        [](int format, Address packed, int64_t in, int64_t first, int64_t count, int source, Address rows) {
+            qwire::pack_floats(Format(format), at(packed), in, first, count, Format(source), at(rows));
+        },
+        Unlocked());
+    module.def(
+        "pack_int8",
+        [](Address packed, int64_t in, int64_t first, int64_t count, Address q, Address scale) {
+            qwire::pack_int8(at(packed), in, first, count, at<int8_t>(q), at<uint16_t>(scale));
+        },
+        Unlocked());
+    module.def(
+        "pack_int4",
+        [](Address packed, int64_t in, int64_t first, int64_t count, Address q, Address scale, Address zero) {
+            qwire::pack_int4(at(packed), in, first, count, at<uint8_t>(q), at<uint16_t>(scale),
+                             at<uint8_t>(zero));
+        },
+        Unlocked());
+    module.def(
+        "linear",
+        [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,
+           int64_t x_stride, Address y, int64_t y_stride) {
+            qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x),
+                          x_stride, at<float>(y), y_stride);
+        },
+        Unlocked());
+    module.def(
+        "quantize_rows",
+        [](Address memory, int64_t rows, int64_t size, Address x, int64_t x_stride) {
+            qwire::quantize_rows({at(memory), rows, size}, at<float>(x), x_stride);
+        },
+        Unlocked());
+    module.def("quantized_rows_bytes", &qwire::QuantizedRows::bytes);
+    module.def(
+        "linear_quantized",
+        [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address memory,
+           Address y, int64_t y_stride) {
+            qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in},
+                          at<float>(y), y_stride);
+        },
+        Unlocked());
+    module.def(
+        "embed",
+        [](int format, Address packed, int64_t out, int64_t in, int64_t count, Address ids, Address y) {
+            qwire::embed(Format(format), at(packed), out, in, count, at<int64_t>(ids), at<float>(y));
+        },
+        Unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("set_threads", &set_threads, py::arg("threads"), py::arg("cpus"));
     module.def("instruction_sets", &instruction_sets);
     module.def("num_threads", &qwire::num_threads);
+    module.def("paged_attention", &paged_attention);
+    module.def("rms_norm", &rms_norm);
+    module.def("rope_and_cache", &rope_and_cache);
+    module.def("silu_mul", &silu_mul);
+    module.def("argmax", &argmax);
+    module.def("top_values", &top_values);
+    module.def("total_mass", &total_mass);
+    module.def("measure_read_bandwidth", &qwire::measure_read_bandwidth, py::arg("seconds"), Unlocked());
+    module.def("measure_fma", &qwire::measure_fma, py::arg("seconds"), Unlocked());
+    module.def("measure_int8", &qwire::measure_int8, py::arg("seconds"), Unlocked());
+    def_linear(module);
 }

@@ -33,7 +33,8 @@ QWIRE_INLINE void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-QWIRE_INLINE f32v splat(float x) { return f32v{} + x; }
+// A difference, because x - 0 is x: the compiler may drop it, which it may not with x + 0 (-0 + 0 is 0).
+QWIRE_INLINE f32v splat(float x) { return x - f32v{}; }
 
 // a * b + c, rounded once where the instruction set has it.
 QWIRE_INLINE f32v fma(f32v a, f32v b, f32v c) {
@@ -54,7 +55,16 @@ QWIRE_INLINE f32v fma(f32v a, f32v b, f32v c) {
 
 QWIRE_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
 
-QWIRE_INLINE f32v widen_bf16(u16v x) { return (f32v)(__builtin_convertvector(x, u32v) << 16); }
+// Each element as 32 bits.
+QWIRE_INLINE u32v widen_u16(u16v x) {
+#if defined(__AVX512F__)
+    return (u32v)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);  // g++ 12 makes four instructions of convertvector
+#else
+    return __builtin_convertvector(x, u32v);
+#endif
+}
+
+QWIRE_INLINE f32v widen_bf16(u16v x) { return (f32v)(widen_u16(x) << 16); }
 
 // To the nearest bf16, ties to even; NaN stays NaN.
 QWIRE_INLINE u16v narrow_bf16(f32v x) {

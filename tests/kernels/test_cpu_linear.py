@@ -1,0 +1,210 @@
+"""Compiled linear layers, every instruction set of this machine, against float64 products of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from worker.kernels import quantized
+from worker.kernels.cpu import linear, native
+from worker.kernels.cpu.linear import Format, PackedLinear, Packer
+
+FLOATS: dict[Format, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+FORMATS: list[Format] = [*FLOATS, "int8", "int4"]
+SHAPES = [(1, 1, 1), (1, 64, 32), (2, 130, 33), (5, 7, 31), (14, 256, 64), (17, 1000, 40), (64, 96, 96), (3, 1024, 257)]
+"""Rows, in, out."""
+
+
+@pytest.fixture(params=native.INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    _, module = native.load(request.param)
+    module.set_threads(2, [])
+    yield module
+    module.set_threads(1, [])
+
+
+def made(
+    module: ModuleType,
+    format: Format,  # noqa: A002
+    out: int,
+    size: int,
+    bias: bool = False,
+) -> tuple[PackedLinear, torch.Tensor]:
+    """A packed weight and what it stands for, float32 [out, in]."""
+    generator = torch.Generator().manual_seed(out * size)
+    weight = torch.randn(out, size, generator=generator)
+    added = torch.randn(out, generator=generator) if bias else None
+    if format == "int8" or format == "int4":
+        few = quantized.quantize(weight, format)
+        return linear.pack(module, few, added), quantized.dequantize(few)
+    weight = weight.to(FLOATS[format])
+    return linear.pack(module, weight, added), weight.float()
+
+
+def rounded(x: torch.Tensor, format: Format) -> torch.Tensor:  # noqa: A002
+    """What a product reads of its rows: with few-bit weights, 8 bits."""
+    if format in FLOATS:
+        return x
+    scale = x.abs().amax(1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "size", "out"), SHAPES)
+def test_product(kernels: ModuleType, format: Format, rows: int, size: int, out: int) -> None:  # noqa: A002
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(rows))
+    for bias in (False, True):
+        packed, weight = made(kernels, format, out, size, bias)
+        wanted = rounded(x, format).double() @ weight.double().t()
+        wanted += 0 if packed.bias is None else packed.bias.double()
+        got = linear.linear(kernels, x, packed)
+        assert got.dtype == torch.float32
+        assert float((got - wanted).abs().max()) <= 4e-7 * size + 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_rows_bits_are_its_own(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    packed, _ = made(kernels, format, 72, 328, bias=True)
+    x = torch.randn(70, 328)
+    x[3] *= 1e4
+    whole = linear.linear(kernels, x, packed)
+    for rows in (1, 2, 3, 6, 7, 8, 13, 14, 15, 29, 43):
+        for first in (0, 70 - rows):
+            part = linear.linear(kernels, x[first : first + rows], packed)
+            assert torch.equal(part, whole[first : first + rows]), f"{rows} rows from {first}"
+    kernels.set_threads(1, [])
+    assert torch.equal(linear.linear(kernels, x, packed), whole)
+    kernels.set_threads(3, [])
+    assert torch.equal(linear.linear(kernels, x, packed), whole)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_instruction_sets_agree(format: Format) -> None:  # noqa: A002
+    """Integer sums are exact everywhere, so only the rounding of scales and float sums may differ."""
+    x = torch.randn(9, 520)
+    results = []
+    for name in native.INSTRUCTION_SETS:
+        _, module = native.load(name)
+        packed, _ = made(module, format, 64, 520)
+        results.append(linear.linear(module, x, packed))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_extreme_integers(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    """The largest products, all of one sign: nothing saturates."""
+    if format in FLOATS:
+        weight = torch.full((32, 512), 127.0)
+        packed = linear.pack(kernels, weight.to(FLOATS[format]))
+    else:
+        assert format == "int8" or format == "int4"
+        few = quantized.quantize(torch.full((32, 512), 127.0), format)
+        weight = quantized.dequantize(few)
+        packed = linear.pack(kernels, few)
+    for x in (torch.full((4, 512), 127.0), torch.full((4, 512), -127.0)):
+        torch.testing.assert_close(linear.linear(kernels, x, packed), x @ weight.t(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_odd_rows(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    packed, _ = made(kernels, format, 40, 100)
+    x = torch.randn(6, 100)
+    x[1] = 0
+    x[2] = 1e-42
+    x[3, 7] = torch.nan
+    x[4, 7] = torch.inf
+    got = linear.linear(kernels, x, packed)
+    assert bool(torch.isfinite(got[[0, 1, 2, 5]]).all())
+    assert not got[1].any()
+    assert float(got[2].abs().max()) < 1e-38
+    assert not torch.isfinite(got[3:5]).any()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_embed(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    packed, weight = made(kernels, format, 77, 203)
+    ids = torch.tensor([76, 0, 31, 32, 0])
+    assert torch.equal(linear.embed(kernels, ids, packed), weight[ids])
+    for bad in (-1, 77):
+        with pytest.raises(IndexError):
+            linear.embed(kernels, torch.tensor([0, bad]), packed)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packing_slice_by_slice(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    weight = torch.randn(101, 160).bfloat16()
+    whole, sliced = Packer(kernels, 101, 160, format), Packer(kernels, 101, 160, format)
+    whole.put(0, weight)
+    for first, last in ((64, 101), (0, 7), (7, 64)):
+        sliced.put(first, weight[first:last])
+    assert torch.equal(whole.finish().data, sliced.finish().data)
+    with pytest.raises(ValueError, match="don't fit"):
+        Packer(kernels, 101, 160, format).put(100, weight[:2])
+
+
+@pytest.mark.parametrize("to", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_packing_converts_floats(kernels: ModuleType, source: Format, to: Format) -> None:
+    special = [
+        0.0,
+        -0.0,
+        1.0,
+        65504.0,
+        65519.9,
+        65520.0,
+        6e-8,
+        2.9e-8,
+        3.1e-8,
+        6.1e-5,
+        -1e-7,
+        1e30,
+        torch.inf,
+        torch.nan,
+    ]
+    weight = torch.cat((torch.randn(50), torch.tensor(special))).view(1, -1).to(FLOATS[source])
+    packer = Packer(kernels, 1, 64, to)
+    packer.put(0, weight)
+    got = linear.embed(kernels, torch.tensor([0]), packer.finish())
+    torch.testing.assert_close(got, weight.to(FLOATS[to]).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_rows_quantized_before(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    packed, _ = made(kernels, format, 64, 200, bias=True)
+    x = torch.randn(19, 256)[:, :200]
+    rows = linear.empty_rows(kernels, 19, 200)
+    linear.quantize_rows(kernels, x, rows)
+    out = torch.zeros(19, 80)[:, :64]
+    assert linear.linear_quantized(kernels, rows, packed, out) is out
+    assert torch.equal(out, linear.linear(kernels, x, packed))
+
+
+def test_wrong_shapes_are_refused(kernels: ModuleType) -> None:
+    packed, _ = made(kernels, "float32", 32, 16)
+    with pytest.raises(ValueError, match="rows of 16"):
+        linear.linear(kernels, torch.zeros(1, 17), packed)
+    with pytest.raises(ValueError, match="rows of 16"):
+        linear.linear(kernels, torch.zeros(1, 16, dtype=torch.bfloat16), packed)
+    with pytest.raises(ValueError, match="out must be"):
+        linear.linear(kernels, torch.zeros(1, 16), packed, torch.zeros(2, 32))
+    with pytest.raises(ValueError, match="int64"):
+        linear.embed(kernels, torch.zeros(1), packed)
+    with pytest.raises(ValueError, match="don't fit"):
+        linear.linear_quantized(kernels, linear.empty_rows(kernels, 1, 16), packed)
+    with pytest.raises(ValueError, match="bias"):
+        linear.pack(kernels, torch.zeros(4, 4), torch.zeros(5))
+    with pytest.raises(ValueError, match="rows and columns"):
+        linear.pack(kernels, torch.zeros(0, 4))
+
+
+def test_machine_limits(kernels: ModuleType) -> None:
+    for measure in (kernels.measure_read_bandwidth, kernels.measure_fma, kernels.measure_int8):
+        assert measure(0.001) > 1e8

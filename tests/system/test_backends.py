@@ -1,0 +1,98 @@
+"""The worker's kernels as their user chooses them: the start-up line, what is refused, and quantized models served."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.stacks import running_stack, write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+PROMPT = [(13 * i) % 250 for i in range(40)]
+SMALL = ("--kv-cache-mib", "64")
+
+
+def worker(*argv: str, source: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A command of the worker, of the package in the folder `source`."""
+    environ = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "worker", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=source, env=environ)
+
+
+@pytest.fixture(scope="module")
+def not_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The worker as an install without a compiler leaves it."""
+    folder = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "worker", folder / "worker", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+def test_quantized_models_are_served(tmp_path: Path) -> None:
+    """Quantized while loading, and by `qwire quantize`: the same tokens, and another numerics_id than without."""
+    model = write_tiny_model(tmp_path / "tiny", dtype="bfloat16")
+    done = worker("quantize", str(model), str(tmp_path / "int8"), "--format", "int8")
+    assert done.returncode == 0, done.stderr
+    answers, numerics = [], []
+    for folder, flags in ((model, ()), (model, ("--quantize", "int8")), (tmp_path / "int8", ("--isa", "avx512_vnni"))):
+        with running_stack(folder, "tiny", worker_flags=(*SMALL, *flags)) as stack, stack.client() as client:
+            told = client.model()
+            numerics.append(told.numerics_id)
+            assert told.quantization == ("none" if not flags else "int8")
+            assert told.dtype == "bfloat16"
+            answers.append(client.generate(token_ids=PROMPT, max_tokens=32, ignore_eos=True, temperature=0).read())
+            assert any("backend cpu, instruction set avx512_vnni" in line for line in stack.lines)
+    assert answers[1].token_ids == answers[2].token_ids
+    assert len(set(numerics)) == 3
+
+
+def test_without_compiled_kernels_the_reference_serves(tmp_path: Path, not_compiled: Path) -> None:
+    found = json.loads(worker("doctor", "--json", source=not_compiled).stdout)
+    assert (found["backend"], found["compiled"]) == ("reference", [])
+    assert "were not compiled at install" in found["why"]
+    model = write_tiny_model(tmp_path / "tiny")
+    for flags, says in (
+        (("--backend", "cpu"), "--backend: the CPU kernels were not compiled at install"),
+        (("--isa", "avx2"), "--isa: the CPU kernels were not compiled at install"),
+    ):
+        result = worker("serve", "--model", str(model), "--listen", "127.0.0.1:0", *flags, source=not_compiled)
+        assert result.returncode == 2
+        assert says in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_settings_that_contradict(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    assert worker("quantize", str(model), str(tmp_path / "int8"), "--format", "int8").returncode == 0
+    for folder, flags, says in (
+        (model, ("--backend", "reference", "--isa", "avx2"), "--isa: avx2 is for the cpu kernels"),
+        (tmp_path / "int8", ("--quantize", "int4"), "--quantize: int4 was asked for, but the checkpoint is int8"),
+    ):
+        result = worker("serve", "--model", str(folder), "--listen", "127.0.0.1:0", *flags)
+        assert result.returncode == 2
+        assert says in result.stderr
+
+
+def test_the_doctor_measures(tmp_path: Path) -> None:
+    found = json.loads(worker("doctor", "--json").stdout)
+    assert found["backend"] == "cpu" and found["isa"] in found["compiled"]
+    assert set(found["compiled"]) <= {*found["instruction_sets"], "portable"}
+    limits = found["limits"]
+    assert limits["read_bytes_per_s"] > 1e9 and limits["flop_per_s"] > 1e9 and limits["int8_op_per_s"] > 1e9
+
+
+def test_the_bench_of_the_engine(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny", dtype="bfloat16")
+    flags = ("--model", str(model), "--quantize", "int8", "--case", "2,40,5", "--json")
+    found = json.loads(worker("bench", "engine", *flags).stdout)
+    assert (found["quantization"], found["backend"]) == ("int8", "cpu")
+    (case,) = found["cases"]
+    assert (case["batch"], case["prompt"], case["new"]) == (2, 40, 5)
+    assert case["decode_tok_s"] > 0 and case["prefill_tok_s"] > 0 and 0 < case["decode_bandwidth_share"] < 1
+    assert case["decode_step_bytes"] > found["weight_bytes"] > 0 and found["peak_rss_bytes"] > 1e8
+    assert worker("bench", "engine", "--model", str(model), "--case", "2,40").returncode == 2

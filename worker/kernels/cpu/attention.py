@@ -1,0 +1,96 @@
+"""Paged attention: checks and addresses for `native/attention.h`, which says how it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from worker.kernels.interface import KVCache, RaggedBatch
+
+KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The types a cache may have, by their number in native/attention_types.h."""
+
+MAX_HEAD_DIM = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    """A step's chunks, for every layer and window. Arrays are int64, contiguous and alive as long as the plan."""
+
+    rows: int
+    """Rows that the chunks take up; a step's other rows are dummies."""
+    arrays: tuple[npt.NDArray[np.int64], ...]
+    """starts, lengths, block tables end to end, where each chunk's table begins."""
+    addresses: tuple[int, int, int, int]
+    chunks: int
+
+
+def plan_attention(batch: RaggedBatch) -> CpuPlan:
+    """See `Kernels.plan_attention`. Raises ValueError for a block size that is no power of two up to 256."""
+    if batch.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        raise ValueError(f"block_size must be a power of two up to 256, got {batch.block_size}")
+    tables = batch.block_tables
+    sizes = np.fromiter((len(table) for table in tables), np.int64, len(tables))
+    joined = np.concatenate(tables) if len(tables) > 1 else tables[0]
+    arrays = tuple(
+        np.ascontiguousarray(array, np.int64)
+        for array in (batch.starts, batch.lengths, joined, np.cumsum(sizes) - sizes)
+    )
+    starts, lengths, joined, table_starts = arrays
+    addresses = (starts.ctypes.data, lengths.ctypes.data, joined.ctypes.data, table_starts.ctypes.data)
+    return CpuPlan(int(lengths.sum()), arrays, addresses, len(tables))
+
+
+def paged_attention(
+    native: ModuleType,
+    queries: Tensor,
+    cache: KVCache,
+    plan: CpuPlan,
+    window: int | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `Kernels.paged_attention`. float32 [T, Q, D], rows at any stride, to `out` [T, Q * D], contiguous.
+
+    The plan's blocks must lie in the cache, which isn't checked again here.
+    """
+    rows, q_heads, head_dim = queries.shape
+    kv_heads, blocks, block_size, cache_dim = cache.keys.shape
+    stride, head_stride, element_stride = queries.stride()
+    if queries.dtype != torch.float32 or head_stride != head_dim or element_stride != 1:
+        raise ValueError("queries: expected float32 with contiguous heads")
+    if head_dim != cache_dim or head_dim % 16 or head_dim > MAX_HEAD_DIM or q_heads % kv_heads:
+        raise ValueError(f"can't attend with {q_heads} heads of {head_dim} to {kv_heads} of {cache_dim}")
+    if plan.rows > rows:
+        raise ValueError(f"the plan has {plan.rows} rows, the queries {rows}")
+    if out is None:
+        out = torch.empty(rows, q_heads * head_dim)
+    elif out.shape != (rows, q_heads * head_dim) or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError("out: expected contiguous float32 [T, Q * D]")
+    if plan.rows < rows:
+        out[plan.rows :] = 0.0
+    starts, lengths, tables, table_starts = plan.addresses
+    native.paged_attention(
+        queries.data_ptr(),
+        stride,
+        q_heads,
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        KV_TYPES[cache.keys.dtype],
+        kv_heads,
+        blocks,
+        block_size,
+        head_dim,
+        starts,
+        lengths,
+        tables,
+        table_starts,
+        plan.chunks,
+        window or 0,
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,566 @@
+// How it is done, and why a row's bits depend on its own sequence alone.
+//
+// Keys come in tiles of kTile positions, counted from position 0. Within a tile a query's scores are one sum each, over d in
+// order; the softmax is over the tile, its sums by lane and then by a fixed tree; each mixed value is one sum over the keys in
+// order. Tiles are merged in order by their peaks (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+// 2018). So who computes a tile, beside which other queries, does not show. Keys that a query may not read have weight 0,
+// which adds nothing to a sum: a block of rows goes as far as its longest row.
+//
+// A task is a tile of queries of one chunk (all query heads that share a key/value head), and one key/value head. Its rows are
+// query by query, head by head. Keys are turned into columns, 16 to a vector, a panel at a time, and each panel meets all rows
+// while it is in the first-level cache. With few rows (decode) a chunk's KV tiles are spread over several tasks; the one
+// that ends last merges.
+#include "attention.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <utility>
+#include <vector>
+
+#include "pool.h"
+
+namespace qwire {
+namespace {
+
+constexpr int kTile = 256;
+constexpr float kNoScore = -3.0e38f;  // finite, so that a row that has read nothing yet stays free of inf - inf
+
+// Accumulators of the products below: rows and vectors of 16 that fit the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kVectors = 1;
+#else
+constexpr int kRows = 3, kVectors = 1;
+#endif
+constexpr int kPanel = kVectors * kLanes;  // columns of a panel
+constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
+
+constexpr int kQueryRows = 192;  // rows of a unit: fewer repeat the packing, more leave the second-level cache
+constexpr int kFewRows = 12;     // up to here values are read in place and KV tiles spread over tasks
+constexpr int kTasksAThread = 8;
+constexpr int kAhead = 64;  // keys or values, in the order of reading, that are asked for before they are read
+constexpr int kNear = 3;
+
+// c [M, 16 N] += a [M, count] * b [count, 16 N], in order of count; `fresh`: c is taken as 0.
+template <int M, int N>
+void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool fresh) {
+    f32v sums[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * c_stride + n * kLanes);
+    for (int64_t k = 0; k < count; ++k) {
+        f32v row[N];
+        for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * kPanel + n * kLanes);
+        for (int m = 0; m < M; ++m) {
+            const f32v factor = splat(a[m * a_stride + k]);
+            for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
+}
+
+using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+
+template <size_t... I>
+constexpr std::array<Multiply, sizeof...(I)> multiplies(std::index_sequence<I...>) {
+    return {multiply<I / kVectors + 1, I % kVectors + 1>...};
+}
+
+// For M rows and N vectors: kMultiply[(M - 1) * kVectors + N - 1].
+constexpr auto kMultiply = multiplies(std::make_index_sequence<kRows * kVectors>());
+
+// Vectors that `mix` keeps for each of M rows.
+constexpr int mix_vectors(int m) {
+#if defined(__AVX512F__)
+    return m <= 3 ? 8 : 4;
+#elif defined(__AVX2__)
+    return m <= 1 ? 4 : m <= 3 ? 2 : 1;
+#else
+    return m <= 2 ? 1 : 1;
+#endif
+}
+
+// Asks for the bytes [from, from + count) of a row.
+QWIRE_INLINE void prefetch(const void* from, int64_t count) {
+    for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, kNear);
+}
+
+// out [M, 16 N] = weights [M, count] * values [count, 16 N], in order; value k begins at values[k] + d.
+template <class T, int M, int N>
+void mix(int64_t count, const float* weights, const T* const* values, int64_t d, float* out, int64_t out_stride) {
+    f32v sums[M][N] = {};
+    for (int64_t k = 0; k < count; ++k) {
+        prefetch(values[k + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
+        const T* row = values[k] + d;
+        f32v factors[M];
+        for (int m = 0; m < M; ++m) factors[m] = splat(weights[m * kTile + k]);
+        for (int n = 0; n < N; ++n) {
+            const f32v value = widen(row + n * kLanes);
+            for (int m = 0; m < M; ++m) sums[m][n] = fma(factors[m], value, sums[m][n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(out + m * out_stride + n * kLanes, sums[m][n]);
+}
+
+// As `mix`, for any number of vectors.
+template <class T, int M, int N = mix_vectors(M)>
+void mix_all(int64_t vectors, int64_t count, const float* weights, const T* const* values, int64_t d, float* out,
+             int64_t out_stride) {
+    for (; vectors >= N; vectors -= N, d += N * kLanes)
+        mix<T, M, N>(count, weights, values, d, out + d, out_stride);
+    if constexpr (N > 1) {
+        if (vectors) mix_all<T, M, N / 2>(vectors, count, weights, values, d, out, out_stride);
+    }
+}
+
+template <class T>
+using Mix = void (*)(int64_t, int64_t, const float*, const T* const*, int64_t, float*, int64_t);
+
+template <class T, size_t... I>
+constexpr std::array<Mix<T>, sizeof...(I)> mixes(std::index_sequence<I...>) {
+    return {mix_all<T, I + 1>...};
+}
+
+template <class T>
+constexpr auto kMix = mixes<T>(std::make_index_sequence<kRows>());
+
+// Elements d to d + depth - 1 of 16 keys as columns: to[i * kPanel + key].
+template <class T>
+void pack_keys(const T* const* keys, int64_t d, int64_t depth, float* to) {
+    u32v x[kLanes];
+    for (int key = 0; key < kLanes; ++key) prefetch(keys[key + kAhead] + d, depth * int64_t(sizeof(T)));
+    if constexpr (sizeof(T) == 4) {
+        for (int64_t i = 0; i < depth; i += kLanes, to += kLanes * kPanel) {
+            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d + i);
+            transpose(x);
+            for (int j = 0; j < kLanes; ++j) store(to + j * kPanel, x[j]);
+        }
+    } else {
+        for (int64_t i = 0; i + 2 * kLanes <= depth; i += 2 * kLanes, to += 2 * kLanes * kPanel) {
+            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d + i);
+            transpose(x);
+            for (int j = 0; j < kLanes; ++j) {
+                f32v even, odd;
+                split_pairs(x[j], T{}, even, odd);
+                store(to + 2 * j * kPanel, even);
+                store(to + (2 * j + 1) * kPanel, odd);
+            }
+        }
+        if (depth % (2 * kLanes) == 0) return;
+        for (int key = 0; key < kLanes; ++key) {  // the last 16 elements
+            x[key] = u32v{};
+            std::memcpy(&x[key], keys[key] + d + depth - kLanes, kLanes * sizeof(T));
+        }
+        transpose(x);
+        for (int j = 0; j < kLanes / 2; ++j) {
+            f32v even, odd;
+            split_pairs(x[j], T{}, even, odd);
+            store(to + 2 * j * kPanel, even);
+            store(to + (2 * j + 1) * kPanel, odd);
+        }
+    }
+}
+
+// The keys of a tile that a row, or a block of rows, reads: [from, to), counted within the tile; none where from >= to.
+struct Span {
+    int from, to;
+};
+
+// A softmax before it is divided: weights relative to the peak, and their sum.
+struct Soft {
+    float peak, total;
+};
+
+// Scores to weights, in place; within [first, last), multiples of 16, what `span` leaves out becomes 0.
+__attribute__((noinline)) Soft soften(float* scores, Span span, int first, int last) {
+    i32v lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    const auto read = [&](int k) { return (lanes + k >= span.from) & (lanes + k < span.to); };
+    const int from = (span.from + kLanes - 1) / kLanes * kLanes, to = span.to / kLanes * kLanes;  // whole vectors
+    f32v peaks = splat(kNoScore);
+    for (int k = first; k < last; k += kLanes) {
+        f32v score = load<f32v>(scores + k);
+        if (k < from || k >= to) {
+            score = read(k) ? score : splat(kNoScore);
+            store(scores + k, score);
+        }
+        peaks = max(score, peaks);
+    }
+    // Where nothing is read the peak is kNoScore itself, and weights are made 0 below.
+    const float peak = max(peaks);
+    f32v totals{};
+    for (int k = first; k < last; k += kLanes) {
+        f32v weight = exp(load<f32v>(scores + k) - peak);
+        if (k < from || k >= to) weight = read(k) ? weight : f32v{};
+        store(scores + k, weight);
+        totals += weight;
+    }
+    return {peak, sum(totals)};
+}
+
+// Takes the next tile's softmax and mixed values [dim] into those of the tiles before it.
+__attribute__((noinline)) void merge(Soft& soft, float* mixed, Soft next, const float* next_mixed, int64_t dim) {
+    const float peak = next.peak > soft.peak ? next.peak : soft.peak;
+    f32v gap{};
+    gap[0] = soft.peak - peak, gap[1] = next.peak - peak;
+    const f32v fades = exp(gap);
+    const f32v fade = splat(fades[0]), next_fade = splat(fades[1]);
+    soft = {peak, fma(splat(soft.total), fade, next.total * next_fade)[0]};
+    for (int64_t d = 0; d < dim; d += kLanes)
+        store(mixed + d, fma(load<f32v>(mixed + d), fade, load<f32v>(next_mixed + d) * next_fade));
+}
+
+// Queries of one chunk, and the KV tiles that they read in one task.
+struct Item {
+    int64_t chunk, row, position;  // the first query's row of the step and position
+    int64_t queries, first_tile, last_tile;
+    int64_t part = -1;  // of a piece: the first row of its item in `part_mixed_`; -1: the item is whole
+    int64_t group = 0, tiles_before = 0;
+};
+
+struct Scratch {
+    const void** lines;  // addresses in the order of reading: a tile's keys, its values, kAhead keys of the next tile
+    Span* spans;         // [rows]
+    Soft* softs;         // [rows]
+    Soft* tile_softs;    // [rows]
+    float* panel;        // [kDepth, kPanel]
+    float* queries;      // [rows, dim], scaled
+    float* scores;       // [rows, kTile]
+    float* tile;         // [rows, dim]: one tile's mixed values
+    float* mixed;        // [rows, dim]
+};
+
+class Attention {
+   public:
+    Attention(const float* queries, int64_t query_stride, int64_t q_heads, const PagedCache& cache,
+              const RaggedChunks& chunks, int64_t window, float* out)
+        : queries_(queries),
+          query_stride_(query_stride),
+          q_heads_(q_heads),
+          group_(q_heads / cache.kv_heads),
+          dim_(cache.head_dim),
+          window_(window),
+          cache_(cache),
+          chunks_(chunks),
+          out_(out) {}
+
+    void run() {
+        plan();
+        with_type(cache_.type, [&](auto type) {
+            using T = decltype(type);
+            parallel_for(int64_t(runs_.size()) - 1, [&](int64_t task) {
+                for (int64_t unit = runs_[size_t(task)]; unit < runs_[size_t(task) + 1]; ++unit)
+                    work<T>(unit, runs_[size_t(task) + 1]);
+            });
+        });
+    }
+
+   private:
+    int64_t first_tile(int64_t position) const {
+        return window_ ? std::max<int64_t>(0, position - window_ + 1) / kTile : 0;
+    }
+
+    void plan() {
+        const int64_t most = std::max<int64_t>(1, kQueryRows / group_);
+        int64_t row = 0, few_tiles = 0;
+        for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
+            const int64_t start = chunks_.starts[chunk], length = chunks_.lengths[chunk];
+            for (int64_t query = 0; query < length; query += most) {
+                const int64_t queries = std::min(most, length - query), position = start + query;
+                items_.push_back({chunk, row + query, position, queries, first_tile(position),
+                                  (position + queries - 1) / kTile + 1});
+                if (few(items_.back())) few_tiles += items_.back().last_tile - items_.back().first_tile;
+            }
+            row += length;
+        }
+        split(few_tiles);
+        // The longest first: the last ones then leave no thread waiting for long.
+        std::stable_sort(items_.begin(), items_.end(), [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
+        join();
+    }
+
+    // Runs of units (an item and a head) that make a task: within one, each unit's last tile can ask for the next one's keys.
+    void join() {
+        int64_t total = 0, sum = 0;
+        for (const Item& item : items_) total += cost(item) * cache_.kv_heads;
+        const int64_t wanted = total / (kTasksAThread * num_threads());
+        runs_.push_back(0);
+        for (size_t i = 0; i < items_.size(); ++i) {
+            for (int64_t head = 0; head < cache_.kv_heads; ++head) {
+                sum += cost(items_[i]);
+                if (sum < wanted) continue;
+                runs_.push_back(int64_t(i) * cache_.kv_heads + head + 1);
+                sum = 0;
+            }
+        }
+        const int64_t units = int64_t(items_.size()) * cache_.kv_heads;
+        if (runs_.back() < units) runs_.push_back(units);
+    }
+
+    bool few(const Item& item) const { return item.queries * group_ <= kFewRows; }
+
+    int64_t cost(const Item& item) const { return (item.last_tile - item.first_tile) * (item.queries * group_ + 8); }
+
+    // Cuts items of few rows into pieces of several tiles where there would be too few tasks for the threads.
+    void split(int64_t few_tiles) {
+        const int64_t tasks = kTasksAThread * num_threads();
+        const int64_t most = std::max<int64_t>(1, (few_tiles * cache_.kv_heads + tasks - 1) / tasks);
+        int64_t parts = 0, groups = 0;
+        std::vector<Item> pieces;
+        std::vector<int> counts;
+        for (const Item& item : items_) {
+            const int64_t tiles = item.last_tile - item.first_tile;
+            if (!few(item) || tiles <= most) {
+                pieces.push_back(item);
+                continue;
+            }
+            for (int64_t tile = item.first_tile; tile < item.last_tile; tile += most) {
+                Item piece = item;
+                piece.first_tile = tile;
+                piece.last_tile = std::min(item.last_tile, tile + most);
+                piece.part = parts, piece.group = groups, piece.tiles_before = tile - item.first_tile;
+                pieces.push_back(piece);
+            }
+            for (int64_t head = 0; head < cache_.kv_heads; ++head) counts.push_back(int((tiles + most - 1) / most));
+            tiles_of_.push_back(tiles);
+            parts += tiles * cache_.kv_heads * item.queries * group_;
+            ++groups;
+        }
+        items_.swap(pieces);
+        part_softs_.resize(size_t(parts));
+        part_mixed_ = parts ? static_cast<float*>(scratch(3, parts * dim_ * int64_t(sizeof(float)))) : nullptr;
+        waiting_ = std::vector<std::atomic<int>>(counts.size());
+        for (size_t i = 0; i < counts.size(); ++i) waiting_[i].store(counts[i], std::memory_order_relaxed);
+    }
+
+    Scratch scratch_for(int64_t rows) const {
+        const auto bytes = [](int64_t count, size_t size) { return (count * int64_t(size) + 63) / 64 * 64; };
+        const int64_t lines = bytes(2 * kTile + kAhead, sizeof(void*)), panel = bytes(kDepth * kPanel, sizeof(float));
+        const int64_t spans = bytes(rows, sizeof(Span)), softs = bytes(rows, sizeof(Soft));
+        const int64_t scores = bytes(rows * kTile, sizeof(float)), mixed = bytes(rows * dim_, sizeof(float));
+        char* at = static_cast<char*>(scratch(0, lines + panel + spans + 2 * softs + scores + 3 * mixed));
+        const auto take = [&at](int64_t size) { return static_cast<void*>(std::exchange(at, at + size)); };
+        Scratch s;
+        s.lines = static_cast<const void**>(take(lines));
+        s.panel = static_cast<float*>(take(panel));
+        s.spans = static_cast<Span*>(take(spans));
+        s.softs = static_cast<Soft*>(take(softs));
+        s.tile_softs = static_cast<Soft*>(take(softs));
+        s.queries = static_cast<float*>(take(mixed));
+        s.scores = static_cast<float*>(take(scores));
+        s.tile = static_cast<float*>(take(mixed));
+        s.mixed = static_cast<float*>(take(mixed));
+        return s;
+    }
+
+    // What queries [query, query + count) of an item read of a tile, one with another.
+    Span span(const Item& item, int64_t tile, int64_t query, int64_t count) const {
+        const int64_t first = item.position + query - tile * kTile, last = first + count;
+        const int64_t from = window_ ? std::clamp<int64_t>(first - window_ + 1, 0, kTile) : 0;
+        return {int(from), int(std::clamp<int64_t>(last, 0, kTile))};
+    }
+
+    template <class T>
+    void work(int64_t unit, int64_t end) const {
+        const int64_t head = unit % cache_.kv_heads;
+        const Item& item = items_[size_t(unit / cache_.kv_heads)];
+        const int64_t rows = item.queries * group_;
+        const Scratch s = scratch_for(rows);
+        const f32v scale = splat(1.0f / __builtin_sqrtf(float(dim_)));
+        for (int64_t query = 0, row = 0; query < item.queries; ++query) {
+            const float* from = queries_ + (item.row + query) * query_stride_ + head * group_ * dim_;
+            for (int64_t i = 0; i < group_ * dim_; i += kLanes)
+                store(s.queries + row * dim_ + i, load<f32v>(from + i) * scale);
+            for (const int64_t next = row + group_; row < next; ++row) s.softs[row] = {kNoScore, 0.0f};
+        }
+        std::memset(s.mixed, 0, size_t(rows * dim_) * sizeof(float));
+        for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
+            find<T>(unit, end, tile, s.lines);
+            if (item.part < 0) {
+                attend<T>(item, tile, s, s.tile_softs, s.tile);
+                merge_tile(item, tile, s, s.tile_softs, s.tile);
+            } else {
+                const int64_t part = part_of(item, head, item.tiles_before + tile - item.first_tile);
+                attend<T>(item, tile, s, part_softs_.data() + part, part_mixed_ + part * dim_);
+            }
+        }
+        if (item.part >= 0) {
+            auto& waiting = waiting_[size_t(item.group * cache_.kv_heads + head)];
+            if (waiting.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+            for (int64_t tile = 0; tile < tiles_of_[size_t(item.group)]; ++tile) {
+                const int64_t part = part_of(item, head, tile);
+                merge_tile(item, item.first_tile - item.tiles_before + tile, s, part_softs_.data() + part,
+                           part_mixed_ + part * dim_);
+            }
+        }
+        for (int64_t query = 0, row = 0; query < item.queries; ++query) {
+            float* to = out_ + ((item.row + query) * q_heads_ + head * group_) * dim_;
+            for (const int64_t next = row + group_; row < next; ++row, to += dim_) {
+                const f32v total = splat(s.softs[row].total);
+                for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load<f32v>(s.mixed + row * dim_ + d) / total);
+            }
+        }
+    }
+
+    void merge_tile(const Item& item, int64_t tile, const Scratch& s, const Soft* softs, const float* mixed) const {
+        for (int64_t query = 0, row = 0; query < item.queries; ++query) {
+            const Span own = span(item, tile, query, 1);
+            for (const int64_t next = row + group_; row < next; ++row)
+                if (own.from < own.to) merge(s.softs[row], s.mixed + row * dim_, softs[row], mixed + row * dim_, dim_);
+        }
+    }
+
+    int64_t part_of(const Item& item, int64_t head, int64_t tile) const {
+        const int64_t rows = item.queries * group_;
+        return item.part + (head * tiles_of_[size_t(item.group)] + tile) * rows;
+    }
+
+    // Where the keys or values (`pool`) [from, to) of a tile lie.
+    template <class T>
+    const void** find_rows(const Item& item, int64_t head, int64_t tile, const void* pool, int from, int to,
+                           const void** lines) const {
+        const int64_t* table = chunks_.tables + chunks_.table_starts[item.chunk];
+        const int64_t size = cache_.block_size;
+        for (int key = from; key < to;) {
+            const int64_t position = tile * kTile + key, within = position % size;
+            const int64_t slot = (head * cache_.blocks + table[position / size]) * size + within;
+            const T* row = static_cast<const T*>(pool) + slot * dim_;
+            const int64_t count = std::min<int64_t>(size - within, to - key);
+            for (int64_t i = 0; i < count; ++i) *lines++ = row + i * dim_;
+            key += int(count);
+        }
+        return lines;
+    }
+
+    // See Scratch::lines. Keys are rounded up to whole vectors by the last one; the next tile may be another unit's.
+    template <class T>
+    void find(int64_t unit, int64_t end, int64_t tile, const void** lines) const {
+        const Item* item = &items_[size_t(unit / cache_.kv_heads)];
+        int64_t head = unit % cache_.kv_heads;
+        const Span all = span(*item, tile, 0, item->queries);
+        const int first = all.from / kLanes * kLanes;
+        lines = find_rows<T>(*item, head, tile, cache_.keys, first, all.to, lines);
+        for (int key = all.to; key % kLanes; ++key, ++lines) *lines = lines[-1];
+        lines = find_rows<T>(*item, head, tile, cache_.values, first, all.to, lines);
+        int ahead = 0;
+        if (tile + 1 == item->last_tile && unit + 1 < end) {
+            item = &items_[size_t((unit + 1) / cache_.kv_heads)];
+            head = (unit + 1) % cache_.kv_heads;
+            tile = item->first_tile - 1;
+        }
+        if (tile + 1 < item->last_tile) {
+            const Span next = span(*item, tile + 1, 0, item->queries);
+            const int from = next.from / kLanes * kLanes;
+            ahead = std::min(kAhead, next.to - from);
+            lines = find_rows<T>(*item, head, tile + 1, cache_.keys, from, from + ahead, lines);
+        }
+        for (; ahead < kAhead; ++ahead, ++lines) *lines = lines[-1];
+    }
+
+    // One tile: the softmax over it and the mixed values of each row that reads any of it.
+    template <class T>
+    void attend(const Item& item, int64_t tile, const Scratch& s, Soft* softs, float* mixed) const {
+        const int64_t rows = item.queries * group_;
+        for (int64_t query = 0, row = 0; query < item.queries; ++query)
+            for (const int64_t next = row + group_; row < next; ++row) s.spans[row] = span(item, tile, query, 1);
+        const int first = s.spans[0].from / kLanes * kLanes, to = s.spans[rows - 1].to;
+        const int last = (to + kLanes - 1) / kLanes * kLanes;
+        const T* const* keys = reinterpret_cast<const T* const*>(s.lines);
+        const T* const* values = keys + (last - first);
+        score(rows, keys, s, first, last);
+        for (int64_t row = 0; row < rows; row += kRows) {
+            const Span block = block_span(s, row, rows);
+            for (int64_t i = row; i < std::min(rows, row + kRows); ++i) {
+                softs[i] = soften(s.scores + i * kTile, s.spans[i], block.from / kLanes * kLanes,
+                                  (block.to + kLanes - 1) / kLanes * kLanes);
+            }
+        }
+        if (rows > kFewRows) return mix_packed(rows, values, s, first, to, mixed);
+        for (int64_t row = 0; row < rows; row += kRows) {
+            const Span block = block_span(s, row, rows);
+            kMix<T>[size_t(std::min<int64_t>(kRows, rows - row) - 1)](
+                dim_ / kLanes, block.to - block.from, s.scores + row * kTile + block.from, values + (block.from - first), 0,
+                mixed + row * dim_, dim_);
+        }
+    }
+
+    // What the rows of a block read, one with another.
+    static Span block_span(const Scratch& s, int64_t row, int64_t rows) {
+        return {s.spans[row].from, s.spans[std::min(rows, row + kRows) - 1].to};
+    }
+
+    template <class T>
+    void score(int64_t rows, const T* const* keys, const Scratch& s, int first, int last) const {
+        for (int panel = first; panel < last; panel += kPanel) {
+            const int vectors = std::min(kPanel, last - panel) / kLanes;
+            for (int64_t d = 0; d < dim_; d += kDepth) {
+                const int64_t depth = std::min<int64_t>(kDepth, dim_ - d);
+                for (int v = 0; v < vectors; ++v)
+                    pack_keys(keys + (panel - first) + v * kLanes, d, depth, s.panel + v * kLanes);
+                for (int64_t row = 0; row < rows; row += kRows) {
+                    const int64_t count = std::min<int64_t>(kRows, rows - row);
+                    const Span block = block_span(s, row, rows);
+                    if (block.to <= panel || block.from >= panel + kPanel) continue;
+                    const int needed = std::min(vectors, (block.to - panel + kLanes - 1) / kLanes);
+                    kMultiply[size_t((count - 1) * kVectors + needed - 1)](depth, s.queries + row * dim_ + d, dim_,
+                                                                           s.panel, s.scores + row * kTile + panel,
+                                                                           kTile, d == 0);
+                }
+            }
+        }
+    }
+
+    template <class T>
+    void mix_packed(int64_t rows, const T* const* values, const Scratch& s, int first, int to, float* mixed) const {
+        for (int64_t d = 0; d < dim_; d += kPanel) {
+            const int vectors = int(std::min<int64_t>(kPanel, dim_ - d)) / kLanes;
+            for (int key = first; key < to; key += kDepth) {
+                const int end = std::min(to, key + kDepth);
+                for (int k = key; k < end; ++k) {
+                    prefetch(values[k - first + kAhead] + d, vectors * kLanes * int64_t(sizeof(T)));
+                    for (int v = 0; v < vectors; ++v)
+                        store(s.panel + (k - key) * kPanel + v * kLanes, widen(values[k - first] + d + v * kLanes));
+                }
+                for (int64_t row = 0; row < rows; row += kRows) {
+                    const int64_t count = std::min<int64_t>(kRows, rows - row);
+                    const Span block = block_span(s, row, rows);
+                    const int from = std::max(block.from, key), needed = std::min(block.to, end) - from;
+                    if (needed <= 0) continue;
+                    kMultiply[size_t((count - 1) * kVectors + vectors - 1)](
+                        needed, s.scores + row * kTile + from, kTile, s.panel + (from - key) * kPanel,
+                        mixed + row * dim_ + d, dim_, from == block.from);
+                }
+            }
+        }
+    }
+
+    const float* queries_;
+    const int64_t query_stride_, q_heads_, group_, dim_, window_;
+    const PagedCache& cache_;
+    const RaggedChunks& chunks_;
+    float* out_;
+    std::vector<Item> items_;
+    std::vector<int64_t> runs_;      // task t does units runs_[t] to runs_[t + 1] - 1
+    std::vector<int64_t> tiles_of_;  // by group of pieces
+    mutable std::vector<Soft> part_softs_;
+    float* part_mixed_ = nullptr;
+    mutable std::vector<std::atomic<int>> waiting_;  // by group and head: pieces that aren't done
+};
+
+}  // namespace
+
+void paged_attention(const float* queries, int64_t query_stride, int64_t q_heads, const PagedCache& cache,
+                     const RaggedChunks& chunks, int64_t window, float* out) {
+    Attention(queries, query_stride, q_heads, cache, chunks, window, out).run();
+}
+
+}  // namespace qwire

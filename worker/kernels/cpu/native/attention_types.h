@@ -1,0 +1,139 @@
+// The types that keys and values are kept in: 16 of them to a vector of floats and back, and 16 rows turned into columns.
+#pragma once
+
+#include "vec.h"
+
+namespace qwire {
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+struct Half {
+    uint16_t bits;
+};
+
+enum class KvType : int { kFloat32, kBfloat16, kFloat16 };
+
+// Calls f(T{}) with the type's element.
+template <class F>
+QWIRE_INLINE void with_type(KvType type, F&& f) {
+    switch (type) {
+        case KvType::kFloat32: return f(float{});
+        case KvType::kBfloat16: return f(Bf16{});
+        case KvType::kFloat16: return f(Half{});
+    }
+}
+
+QWIRE_INLINE f32v widen_half(u16v x) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#else
+    // The exponent and mantissa moved into place are 2^112 too small, denormals included; infinities come out as 2^16 or
+    // more and get the greatest exponent.
+    const u32v bits = __builtin_convertvector(x, u32v);
+    const f32v scaled = (f32v)((bits & 0x7fffu) << 13) * 0x1p112f;
+    const u32v special = (u32v)(scaled >= 65536.0f) & 0x7f800000u;
+    return (f32v)((u32v)scaled | special | (bits & 0x8000u) << 16);
+#endif
+}
+
+// To the nearest half, ties to even; NaN stays NaN.
+QWIRE_INLINE u16v narrow_half(f32v x) {
+#if defined(__AVX512F__)
+    return (u16v)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const u32v bits = (u32v)x, sign = bits & 0x80000000u, size = bits ^ sign;
+    // Normal halves: rounded where the mantissa is cut. Smaller ones: adding 0.5 rounds to multiples of 2^-24.
+    const u32v normal = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
+    const u32v small = (u32v)((f32v)size + 0.5f) - 0x3f000000u;
+    u32v half = size < (113u << 23) ? small : normal;
+    half = size >= 0x477ff000u ? u32v{} + 0x7c00u : half;
+    half = size > 0x7f800000u ? u32v{} + 0x7e00u : half;
+    return __builtin_convertvector(half | sign >> 16, u16v);
+#endif
+}
+
+QWIRE_INLINE f32v widen(const float* from) { return load<f32v>(from); }
+QWIRE_INLINE f32v widen(const Bf16* from) { return widen_bf16(load<u16v>(from)); }
+QWIRE_INLINE f32v widen(const Half* from) { return widen_half(load<u16v>(from)); }
+
+QWIRE_INLINE void narrow(float* to, f32v x) { store(to, x); }
+QWIRE_INLINE void narrow(Bf16* to, f32v x) { store(to, narrow_bf16(x)); }
+QWIRE_INLINE void narrow(Half* to, f32v x) { store(to, narrow_half(x)); }
+
+// Two neighbours packed in each lane, apart.
+QWIRE_INLINE void split_pairs(u32v x, Bf16, f32v& even, f32v& odd) {
+    even = (f32v)(x << 16);
+    odd = (f32v)(x & 0xffff0000u);
+}
+QWIRE_INLINE void split_pairs(u32v x, Half, f32v& even, f32v& odd) {
+    even = widen_half(__builtin_convertvector(x, u16v));
+    odd = widen_half(__builtin_convertvector(x >> 16, u16v));
+}
+
+QWIRE_INLINE u32v even_quarters(u32v a, u32v b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+}
+QWIRE_INLINE u32v odd_quarters(u32v a, u32v b) {
+    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+// x[i][j] to x[j][i].
+QWIRE_INLINE void transpose(u32v (&x)[kLanes]) {
+#if defined(__AVX512F__)
+    u32v t[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        t[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {  // then quarter q of x[4i + j] holds column 4q + j of rows 4i to 4i + 3
+        const int j = i / 4 * 4 + i % 4 / 2;
+        x[i] = __builtin_shufflevector(t[j], t[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        x[i + 1] = __builtin_shufflevector(t[j], t[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const u32v a = even_quarters(x[j], x[4 + j]), b = odd_quarters(x[j], x[4 + j]);
+        const u32v c = even_quarters(x[8 + j], x[12 + j]), d = odd_quarters(x[8 + j], x[12 + j]);
+        x[j] = even_quarters(a, c);
+        x[4 + j] = even_quarters(b, d);
+        x[8 + j] = odd_quarters(a, c);
+        x[12 + j] = odd_quarters(b, d);
+    }
+#elif defined(__AVX2__)
+    alignas(64) uint32_t from[kLanes][kLanes], to[kLanes][kLanes];
+    for (int i = 0; i < kLanes; ++i) store(from[i], x[i]);
+    for (int row = 0; row < kLanes; row += 8) {
+        for (int column = 0; column < kLanes; column += 8) {
+            __m256i r[8], t[8];
+            for (int i = 0; i < 8; ++i) r[i] = load<__m256i>(&from[row + i][column]);
+            for (int i = 0; i < 8; i += 2) {
+                t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+                t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4) {
+                r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+                r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+                r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+                r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+            }
+            for (int i = 0; i < 4; ++i) {
+                store(&to[column + i][row], _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+                store(&to[column + i + 4][row], _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+            }
+        }
+    }
+    for (int i = 0; i < kLanes; ++i) x[i] = load<u32v>(to[i]);
+#else
+    uint32_t from[kLanes][kLanes], to[kLanes][kLanes];
+    for (int i = 0; i < kLanes; ++i) store(from[i], x[i]);
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < kLanes; ++j) to[j][i] = from[i][j];
+    for (int i = 0; i < kLanes; ++i) x[i] = load<u32v>(to[i]);
+#endif
+}
+
+}  // namespace qwire

@@ -1,0 +1,567 @@
+// Panels, each of 32 columns and contiguous along K; "low" columns are a panel's first 16, "high" ones the other 16:
+//
+//   float32    [k][32 columns]
+//   bfloat16   [k][16 words]: a word holds a high column's value above a low column's, so that shift and mask widen both
+//   float16    [k][32 columns]
+//   int8       per group of 128: [16 words] of scales, laid out as bfloat16; then [k / 4][32 columns][4], stored as w + 128
+//   int4       per group of 32: [16 words] of scales and zero points, laid out as bfloat16, a zero point in the low 4 bits of
+//              its scale; then [k / 4][16 columns][4 bytes]: a byte holds a high column's value above a low column's
+//
+// K is padded with zeros to a multiple of 32, so that inner loops are of fixed length, and columns to a multiple of 32. The
+// last group may be shorter than the others.
+#include "linear.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "pool.h"
+#include "registers.h"
+
+namespace qwire {
+namespace {
+
+// Tiles of rows whose sums stay in registers beside two vectors of weights.
+constexpr int kFloatTile = kRegisters == 32 ? 14 : 6;
+// Up to this many rows, the float sums of integer products do too.
+constexpr int kRegisterTile = kRegisters == 32 ? 6 : 2;
+// Weights are prefetched twice: into the level-2 cache, then into the level-1 cache. Bytes ahead, by measurement.
+constexpr int64_t kFar = 8192, kNear = 768;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t panel_bytes(Format format, int64_t in) {
+    const int64_t padded = ceil_div(in, kChunk) * kChunk;
+    switch (format) {
+        case Format::kFloat32: return padded * kPanel * 4;
+        case Format::kBfloat16:
+        case Format::kFloat16: return padded * kPanel * 2;
+        case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + padded * kPanel;
+        case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + padded * kPanel / 2;
+    }
+    __builtin_unreachable();
+}
+
+// One panel times one tile of rows.
+struct Product {
+    const char* panel;
+    int64_t chunks;         // of K
+    const void* rows;       // float: [chunk][tile rows][kChunk]; integer: QuantizedRows::values
+    const int32_t* starts;  // integer only: QuantizedRows::int8_starts or sums
+    const float* scales;    // integer only, one a row
+    float* sums;            // integer only: room for [tile rows][32]
+    const float* bias;      // [columns], or null
+    float* y;
+    int64_t y_stride;
+    int columns;  // 32, fewer in the last panel
+    // Prefetching goes on at `ahead`, `advance` bytes for each 64 that this product reads.
+    const char* ahead;
+    int64_t advance;
+};
+
+// The two vectors of a step that pass `pass` works on, where a register holds fewer than 16 columns.
+struct Pair {
+    Floats low, high;
+};
+constexpr int kPasses = 16 / kWidth;
+
+QWIRE_INLINE Pair widen_words(const char* words, int pass) {
+    const Words both = load<Words>(words + pass * 4 * kWidth);
+    return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+}
+
+struct Float32 {
+    static constexpr int64_t kStep = 128;  // bytes a value of K
+    static QWIRE_INLINE Pair widen(const char* at, int pass) {
+        at += pass * 4 * kWidth;
+        return {load<Floats>(at), load<Floats>(at + 64)};
+    }
+};
+
+struct Bfloat16 {
+    static constexpr int64_t kStep = 64;
+    static QWIRE_INLINE Pair widen(const char* at, int pass) { return widen_words(at, pass); }
+};
+
+struct Float16 {
+    static constexpr int64_t kStep = 64;
+    static QWIRE_INLINE Pair widen(const char* at, int pass) {
+        at += pass * 2 * kWidth;
+        return {widen(at), widen(at + 32)};
+    }
+    static QWIRE_INLINE Floats widen(const char* at) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#elif defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#else
+        typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+        const Words bits = __builtin_convertvector(load<Halves>(at), Words);
+        // Exponent and mantissa moved into place stand for 2^-112 of the value; infinity and NaN take the top exponent.
+        const Floats scaled = (Floats)((bits & 0x7fffu) << 13) * 0x1p112f;
+        const Words special = ((bits & 0x7fffu) >= 0x7c00u) & 0x7f800000u;
+        return (Floats)((Words)scaled | special | (bits & 0x8000u) << 16);
+#endif
+    }
+};
+
+struct Int8 {
+    static constexpr int64_t kGroup = kInt8Group, kStep = 128;  // bytes for four values of K
+    static constexpr float kUnit = 1.0f;                        // what a value of 1 stands for, in scales
+    static QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) {
+        at += pass * 4 * kWidth;
+        low = quads(qwire::load<Ints>(at));
+        high = quads(qwire::load<Ints>(at + 64));
+    }
+    static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
+    struct Zeros {
+        QWIRE_INLINE Zeros(const char*, int) {}
+        QWIRE_INLINE void start(int32_t from, Ints& low, Ints& high) const { low = high = broadcast(from); }
+    };
+};
+
+// Values count in sixteenths, so that they can stay in the high half of a byte and zero points be fractions: a weight
+// is scale / 16 * (16 q - 72 - 6 zero).
+struct Int4 {
+    static constexpr int64_t kGroup = kInt4Group, kStep = 64;
+    static constexpr float kUnit = 1.0f / 16;
+    static QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) {
+        const Ints both = qwire::load<Ints>(at + pass * 4 * kWidth);
+        low = quads((both << 4) & (int32_t)0xf0f0f0f0);
+        high = quads(both & (int32_t)0xf0f0f0f0);
+    }
+    static QWIRE_INLINE Pair scales(const char* group, int pass) {
+        const Words both = qwire::load<Words>(group + pass * 4 * kWidth);
+        return {(Floats)((both & 0xfff0u) << 16), (Floats)(both & 0xfff00000u)};
+    }
+    struct Zeros {
+        QWIRE_INLINE Zeros(const char* group, int pass) {
+            const Words both = qwire::load<Words>(group + pass * 4 * kWidth);
+            low = (Ints)(both & 15u);
+            high = (Ints)(both >> 16 & 15u);
+        }
+        QWIRE_INLINE void start(int32_t sum, Ints& low_start, Ints& high_start) const {
+            const Ints base = broadcast(-72 * sum);
+            low_start = times(base, low, -6 * sum);
+            high_start = times(base, high, -6 * sum);
+        }
+        // base + zero * factor; the sum of a chunk is at most 32 * 127, so factor fits in 16 bits.
+        static QWIRE_INLINE Ints times(Ints base, Ints zero, int32_t factor) {
+#if defined(__AVX512VNNI__)
+            return (Ints)_mm512_dpwssd_epi32((__m512i)base, (__m512i)zero, _mm512_set1_epi32(factor));
+#elif defined(__AVX2__)
+            return dot_pairs(base, zero, factor);
+#else
+            return base + zero * broadcast(factor);
+#endif
+        }
+        Ints low, high;
+    };
+};
+
+// The last panel's columns may be fewer than 32.
+[[gnu::noinline]] void put_some(const Product& p, int row, int column, Floats sum) {
+    for (int i = 0; i < kWidth && column + i < p.columns; ++i)
+        p.y[row * p.y_stride + column + i] = p.bias ? sum[i] + p.bias[column + i] : sum[i];
+}
+
+// Writes a vector's columns of one row.
+QWIRE_INLINE void put(const Product& p, int row, int column, Floats sum) {
+    if (p.columns < kPanel) return put_some(p, row, column, sum);
+    if (p.bias) sum += load<Floats>(p.bias + column);
+    store(p.y + row * p.y_stride + column, sum);
+}
+
+template <class W, int R>
+void float_product(const Product& p) {
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const char *at = p.panel, *ahead = p.ahead;
+        const float* rows = static_cast<const float*>(p.rows);
+        Floats sums[R][2] = {};
+        for (int64_t chunk = 0; chunk < p.chunks; ++chunk, rows += R * kChunk) {
+#pragma GCC unroll 2
+            for (int k = 0; k < kChunk; ++k) {
+                const Pair weights = W::widen(at, pass);
+                for (int i = 0; i < W::kStep; i += 64) {
+                    __builtin_prefetch(at + kNear + i, 0, 3);
+                    __builtin_prefetch(ahead, 0, 2);
+                    ahead += p.advance;
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    const Floats x = broadcast(rows[r * kChunk + k]);
+                    sums[r][0] = multiply_add(x, weights.low, sums[r][0]);
+                    sums[r][1] = multiply_add(x, weights.high, sums[r][1]);
+                }
+                at += W::kStep;
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            put(p, r, pass * kWidth, sums[r][0]);
+            put(p, r, 16 + pass * kWidth, sums[r][1]);
+        }
+    }
+}
+
+template <class W, int R>
+void integer_product(const Product& p) {
+    constexpr bool kInRegisters = R <= kRegisterTile;
+    constexpr int64_t kChunks = W::kGroup / kChunk;
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const char *at = p.panel, *ahead = p.ahead;
+        const int32_t *rows = static_cast<const int32_t*>(p.rows), *starts = p.starts;
+        Floats own[kInRegisters ? R : 1][2] = {};
+        if (!kInRegisters)
+            for (int r = 0; r < 2 * R; ++r) store(p.sums + r * kWidth, Floats{});
+        for (int64_t left = p.chunks; left > 0; left -= kChunks, starts += R) {
+            const char* group = at;
+            at += 64;
+            Ints sums[R][2];
+            const typename W::Zeros zeros(group, pass);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) zeros.start(starts[r], sums[r][0], sums[r][1]);
+            __builtin_prefetch(group + kNear, 0, 3);
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += p.advance;
+            for (int64_t chunk = 0; chunk < kChunks && chunk < left; ++chunk, rows += R * kChunkWords) {
+#pragma GCC unroll 2
+                for (int k = 0; k < kChunk / 4; ++k) {
+                    Quads low, high;
+                    W::load(at, pass, low, high);
+                    for (int i = 0; i < W::kStep; i += 64) {
+                        __builtin_prefetch(at + kNear + i, 0, 3);
+                        __builtin_prefetch(ahead, 0, 2);
+                        ahead += p.advance;
+                    }
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) {
+                        const int32_t* x = rows + r * kChunkWords + k * kActivationWords;
+                        sums[r][0] = dot(sums[r][0], low, x);
+                        sums[r][1] = dot(sums[r][1], high, x);
+                    }
+                    at += W::kStep;
+                }
+            }
+            const Pair scales = W::scales(group, pass);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Floats low = __builtin_convertvector(sums[r][0], Floats);
+                const Floats high = __builtin_convertvector(sums[r][1], Floats);
+                if (kInRegisters) {
+                    own[r][0] = multiply_add(low, scales.low, own[r][0]);
+                    own[r][1] = multiply_add(high, scales.high, own[r][1]);
+                } else {
+                    float* to = p.sums + r * 2 * kWidth;
+                    store(to, multiply_add(low, scales.low, load<Floats>(to)));
+                    store(to + kWidth, multiply_add(high, scales.high, load<Floats>(to + kWidth)));
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const Floats scale = broadcast(p.scales[r] * W::kUnit);
+            const float* from = p.sums + r * 2 * kWidth;
+            put(p, r, pass * kWidth, (kInRegisters ? own[r][0] : load<Floats>(from)) * scale);
+            put(p, r, 16 + pass * kWidth, (kInRegisters ? own[r][1] : load<Floats>(from + kWidth)) * scale);
+        }
+    }
+}
+
+using Kernel = void (*)(const Product&);
+
+template <class W, int... R>
+constexpr std::array<Kernel, sizeof...(R)> float_kernels(std::integer_sequence<int, R...>) {
+    return {float_product<W, R + 1>...};
+}
+
+template <class W, int... R>
+constexpr std::array<Kernel, sizeof...(R)> integer_kernels(std::integer_sequence<int, R...>) {
+    return {integer_product<W, R + 1>...};
+}
+
+// By rows of the tile, less one.
+const Kernel* kernels(Format format) {
+    using FloatTiles = std::make_integer_sequence<int, kFloatTile>;
+    using IntTiles = std::make_integer_sequence<int, kIntTile>;
+    static constexpr auto float32 = float_kernels<Float32>(FloatTiles());
+    static constexpr auto bfloat16 = float_kernels<Bfloat16>(FloatTiles());
+    static constexpr auto float16 = float_kernels<Float16>(FloatTiles());
+    static constexpr auto int8 = integer_kernels<Int8>(IntTiles());
+    static constexpr auto int4 = integer_kernels<Int4>(IntTiles());
+    switch (format) {
+        case Format::kFloat32: return float32.data();
+        case Format::kBfloat16: return bfloat16.data();
+        case Format::kFloat16: return float16.data();
+        case Format::kInt8: return int8.data();
+        case Format::kInt4: return int4.data();
+    }
+    __builtin_unreachable();
+}
+
+// Calls f(panel, next) for each panel, on all threads; `next` is the panel that this thread likely takes after it.
+// Each thread has a run of neighbours, so that prefetching goes on from panel to panel, and takes from the others' runs
+// when its own is done.
+template <class F>
+void share_panels(int64_t panels, F&& f) {
+    struct alignas(64) Run {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    const int64_t threads = num_threads() < panels ? num_threads() : panels;
+    std::vector<Run> runs(static_cast<size_t>(threads));
+    for (int64_t i = 0; i < threads; ++i) {
+        runs[size_t(i)].next.store(panels * i / threads, std::memory_order_relaxed);
+        runs[size_t(i)].end = panels * (i + 1) / threads;
+    }
+    parallel_for(threads, [&](int64_t own) {
+        for (int64_t i = 0; i < threads; ++i) {
+            Run& run = runs[size_t((own + i) % threads)];
+            for (;;) {
+                const int64_t panel = run.next.fetch_add(1, std::memory_order_relaxed);
+                if (panel >= run.end) break;
+                f(panel, panel + 1 < run.end ? panel + 1 : panel);
+            }
+        }
+    });
+}
+
+// All panels times all tiles. `fill(product, tile)` sets what depends on the tile's rows.
+template <class Fill>
+void multiply(Format format, const void* packed, int64_t out, int64_t in, const float* bias, const Tiles& tiles, float* y,
+              int64_t y_stride, Fill&& fill) {
+    const Kernel* by_rows = kernels(format);
+    const int64_t bytes = panel_bytes(format, in);
+    share_panels(ceil_div(out, kPanel), [&](int64_t panel, int64_t next) {
+        Product p{};
+        p.panel = static_cast<const char*>(packed) + panel * bytes;
+        p.chunks = ceil_div(in, kChunk);
+        p.bias = bias ? bias + panel * kPanel : nullptr;
+        p.y_stride = y_stride;
+        p.columns = int(out - panel * kPanel < kPanel ? out - panel * kPanel : kPanel);
+        p.sums = static_cast<float*>(scratch(1, kIntTile * kPanel * sizeof(float)));
+        for (int64_t tile = 0; tile < tiles.count; ++tile) {
+            // With one tile weights stream past; with several the panel stays in the level-2 cache, and each brings in its
+            // share of the next one.
+            p.ahead = tiles.count == 1 ? p.panel + kFar
+                                       : static_cast<const char*>(packed) + next * bytes + bytes * tile / tiles.count;
+            p.advance = ceil_div(64, tiles.count);
+            p.y = y + tiles.first(tile) * y_stride + panel * kPanel;
+            fill(p, tile);
+            by_rows[tiles.size(tile) - 1](p);
+        }
+    });
+}
+
+void linear_floats(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows,
+                   const float* x, int64_t x_stride, float* y, int64_t y_stride) {
+    const Tiles tiles(rows, kFloatTile);
+    const int64_t row_size = ceil_div(in, kChunk) * kChunk;
+    const float* tiled = x;
+    if (rows > 1 || row_size > in) {  // else the row is a tile as it stands
+        auto* to = static_cast<float*>(scratch(0, rows * row_size * int64_t(sizeof(float))));
+        tiled = to;
+        parallel_for(tiles.count, [&](int64_t tile) {
+            const int64_t height = tiles.size(tile);
+            for (int64_t r = 0; r < height; ++r) {
+                const float* from = x + (tiles.first(tile) + r) * x_stride;
+                float* row = to + tiles.first(tile) * row_size + r * kChunk;
+                for (int64_t k = 0; k < in; k += kChunk) {
+                    const int64_t size = in - k < kChunk ? in - k : kChunk;
+                    std::memcpy(row + k * height, from + k, size_t(size) * sizeof(float));
+                    std::fill(row + k * height + size, row + k * height + kChunk, 0.0f);
+                }
+            }
+        });
+    }
+    multiply(format, packed, out, in, bias, tiles, y, y_stride,
+             [&](Product& p, int64_t tile) { p.rows = tiled + tiles.first(tile) * row_size; });
+}
+
+float widen(Format format, uint32_t bits) {
+    if (format == Format::kBfloat16) return __builtin_bit_cast(float, bits << 16);
+    char half[2 * kWidth] = {};
+    std::memcpy(half, &bits, 2);
+    return Float16::widen(half)[0];
+}
+
+uint16_t to_bfloat16(float x) { return narrow_bf16(splat(x))[0]; }
+
+// To the nearest float16, ties to even; NaN stays NaN.
+uint16_t to_float16(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+    if (magnitude < 0x38800000u)  // subnormal: adding 2^-1 leaves the rounded multiple of 2^-24 in the low bits
+        return uint16_t(sign | (__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u));
+    return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+}
+
+float read_float(Format source, const void* rows, int64_t index) {
+    if (source == Format::kFloat32) return static_cast<const float*>(rows)[index];
+    return widen(source, static_cast<const uint16_t*>(rows)[index]);
+}
+
+uint16_t narrow(Format format, Format source, const void* rows, int64_t index) {
+    if (source == format) return static_cast<const uint16_t*>(rows)[index];
+    const float x = read_float(source, rows, index);
+    return format == Format::kBfloat16 ? to_bfloat16(x) : to_float16(x);
+}
+
+// Where a panel's 16-bit value of one column stands, among the 32 of a step.
+int64_t word_half(int64_t column) { return column % 16 * 2 + column / 16; }
+
+// Calls f(panel, first row, last row) for the panels that rows [first, first + count) fall in.
+template <class F>
+void over_panels(int64_t first, int64_t count, F&& f) {
+    const int64_t begin = first / kPanel, end = ceil_div(first + count, kPanel);
+    parallel_for(end - begin, [&](int64_t task) {
+        const int64_t panel = begin + task, from = panel * kPanel, to = from + kPanel;
+        f(panel, from < first ? first : from, to < first + count ? to : first + count);
+    });
+}
+
+}  // namespace
+
+int64_t packed_bytes(Format format, int64_t out, int64_t in) { return ceil_div(out, kPanel) * panel_bytes(format, in); }
+
+constexpr int64_t kPieceSteps = 64;  // of K
+
+void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t count, Format source,
+                 const void* rows) {
+    over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
+        char* to = static_cast<char*>(packed) + panel * panel_bytes(format, in);
+        if (format == source && format != Format::kFloat32) {  // as most weights are: moved in pieces that caches hold
+            for (int64_t k = 0; k < in; k += kPieceSteps)
+                for (int64_t row = begin; row < end; ++row) {
+                    const int64_t column = row % kPanel, stop = k + kPieceSteps < in ? k + kPieceSteps : in;
+                    const uint16_t* from = static_cast<const uint16_t*>(rows) + (row - first) * in;
+                    uint16_t* half =
+                        reinterpret_cast<uint16_t*>(to) + (format == Format::kBfloat16 ? word_half(column) : column);
+                    for (int64_t i = k; i < stop; ++i) half[i * kPanel] = from[i];
+                }
+            return;
+        }
+        for (int64_t k = 0; k < in; ++k)
+            for (int64_t row = begin; row < end; ++row) {
+                const int64_t column = row % kPanel, index = (row - first) * in + k;
+                if (format == Format::kFloat32)
+                    reinterpret_cast<float*>(to)[k * kPanel + column] = read_float(source, rows, index);
+                else
+                    reinterpret_cast<uint16_t*>(
+                        to)[k * kPanel + (format == Format::kBfloat16 ? word_half(column) : column)] =
+                        narrow(format, source, rows, index);
+            }
+    });
+}
+
+void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int8_t* q, const uint16_t* scale) {
+    const int64_t groups = ceil_div(in, kInt8Group);
+    over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
+        char* to = static_cast<char*>(packed) + panel * panel_bytes(Format::kInt8, in);
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t from = group * kInt8Group, size = in - from < kInt8Group ? in - from : kInt8Group;
+            for (int64_t row = begin; row < end; ++row)
+                reinterpret_cast<uint16_t*>(to)[word_half(row % kPanel)] = scale[(row - first) * groups + group];
+            to += 64;
+            for (int64_t k = 0; k < size; k += 4, to += Int8::kStep)
+                for (int64_t row = begin; row < end; ++row) {
+                    const int8_t* values = q + (row - first) * in + from + k;
+                    uint32_t four = 0;
+                    if (size - k >= 4)
+                        std::memcpy(&four, values, 4);  // of a size that compiles to one load
+                    else
+                        std::memcpy(&four, values, size_t(size - k));
+                    four ^= 0x80808080u;
+                    std::memcpy(to + row % kPanel * 4, &four, 4);
+                }
+        }
+    });
+}
+
+void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uint8_t* q, const uint16_t* scale,
+               const uint8_t* zero) {
+    const int64_t groups = ceil_div(in, kInt4Group), row_bytes = ceil_div(in, 2);
+    over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
+        char* to = static_cast<char*>(packed) + panel * panel_bytes(Format::kInt4, in);
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t from = group * kInt4Group, size = in - from < kInt4Group ? in - from : kInt4Group;
+            for (int64_t row = begin; row < end; ++row) {
+                const int64_t index = (row - first) * groups + group;
+                reinterpret_cast<uint16_t*>(to)[word_half(row % kPanel)] = uint16_t(scale[index] | zero[index]);
+            }
+            to += 64;
+            for (int64_t k = 0; k < size; k += 4, to += 2 * kPanel)
+                for (int64_t row = begin; row < end; ++row) {
+                    const int64_t column = row % kPanel;
+                    const uint8_t* values = q + (row - first) * row_bytes;
+                    for (int64_t i = 0; i < 4 && k + i < size; ++i) {
+                        const int64_t index = from + k + i;
+                        const int value = values[index / 2] >> (index % 2 * 4) & 15;
+                        char& byte = to[column % 16 * 4 + i];
+                        byte = char(byte | value << (column / 16 * 4));
+                    }
+                }
+        }
+    });
+}
+
+void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
+            int64_t x_stride, float* y, int64_t y_stride) {
+    if (format != Format::kInt8 && format != Format::kInt4) {
+        linear_floats(format, packed, out, in, bias, rows, x, x_stride, y, y_stride);
+        return;
+    }
+    const QuantizedRows quantized(scratch(0, QuantizedRows::bytes(rows, in)), rows, in);
+    quantize_rows(quantized, x, x_stride);
+    linear(format, packed, out, bias, quantized, y, y_stride);
+}
+
+void linear(Format format, const void* packed, int64_t out, const float* bias, const QuantizedRows& x, float* y,
+            int64_t y_stride) {
+    multiply(format, packed, out, x.size, bias, x.tiles, y, y_stride, [&](Product& p, int64_t tile) {
+        p.rows = x.values(tile);
+        p.starts = format == Format::kInt8 ? x.int8_starts(tile) : x.sums(tile);
+        p.scales = x.scales(tile);
+    });
+}
+
+void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t count, const int64_t* ids, float* y) {
+    for (int64_t i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= out) throw std::out_of_range("embed: an id beyond the vocabulary");
+    parallel_for(count, [&](int64_t i) {
+        const int64_t column = ids[i] % kPanel;
+        const char* panel = static_cast<const char*>(packed) + ids[i] / kPanel * panel_bytes(format, in);
+        float* row = y + i * in;
+        for (int64_t k = 0; k < in; ++k) {
+            if (format == Format::kFloat32) {
+                row[k] = reinterpret_cast<const float*>(panel)[k * kPanel + column];
+            } else if (format == Format::kBfloat16 || format == Format::kFloat16) {
+                const int64_t at = k * kPanel + (format == Format::kBfloat16 ? word_half(column) : column);
+                row[k] = widen(format, reinterpret_cast<const uint16_t*>(panel)[at]);
+            } else {
+                const bool wide = format == Format::kInt8;
+                const int64_t size = wide ? kInt8Group : kInt4Group;
+                const int64_t step = wide ? Int8::kStep : Int4::kStep;
+                const char* group = panel + k / size * (64 + size / 4 * step);
+                const uint32_t word = reinterpret_cast<const uint16_t*>(group)[word_half(column)];
+                const char* values = group + 64 + k % size / 4 * step;
+                if (wide) {
+                    const int value = uint8_t(values[column * 4 + k % 4]) - 128;
+                    row[k] = float(value) * widen(Format::kBfloat16, word);
+                } else {
+                    const int value = uint8_t(values[column % 16 * 4 + k % 4]) >> (column / 16 * 4) & 15;
+                    const int sixteenths = 16 * value - 72 - 6 * int(word & 15u);
+                    row[k] = float(sixteenths) * (widen(Format::kBfloat16, word & 0xfff0u) / 16);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace qwire

@@ -1,0 +1,42 @@
+// y = x W^T + bias: x float32 [rows, in], W [out, in] packed, y float32 [rows, out].
+//
+// One family of kernels from 1 row, where reading the weights takes all the time, to hundreds, where arithmetic does.
+// W is packed into panels of 32 output columns, contiguous along K, so that a panel is one stream of memory and serves
+// any number of rows. An output's bits depend on its own row and column: float sums run over K in order, one
+// accumulator an output, with FMA where there is one; integer sums are exact within a weight's group and the groups are
+// added in order. See linear.cpp for the panels of each format.
+#pragma once
+
+#include <cstdint>
+
+#include "quantize.h"
+
+namespace qwire {
+
+enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+constexpr int kPanel = 32;  // output columns
+
+int64_t packed_bytes(Format format, int64_t out, int64_t in);
+
+// Rows [first, first + count) of W into `packed`, which began as zeros. `rows` is [count, in] of `source`'s type, one of
+// the three float formats; `format` too, which may differ from it.
+void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t count, Format source,
+                 const void* rows);
+// `q` int8 [count, in], `scale` bfloat16 [count, groups of kInt8Group].
+void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int8_t* q, const uint16_t* scale);
+// `q` uint8 [count, (in + 1) / 2], value 2i in the low half of byte i; `scale` bfloat16 and `zero` uint8, both [count,
+// groups of kInt4Group]. A weight is scale * (q - (36 + 3 zero) / 8); the low 4 bits of a scale are zero, `zero` is below 16.
+void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uint8_t* q, const uint16_t* scale,
+               const uint8_t* zero);
+
+// `x` and `y` have `x_stride` and `y_stride` floats from row to row. `bias` may be null.
+void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
+            int64_t x_stride, float* y, int64_t y_stride);
+// The same, of rows already quantized; int8 and int4 only.
+void linear(Format format, const void* packed, int64_t out, const float* bias, const QuantizedRows& x, float* y,
+            int64_t y_stride);
+
+// Row ids[i] of W as floats, into y [count, in]. Throws std::out_of_range for an id outside [0, out).
+void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t count, const int64_t* ids, float* y);
+
+}  // namespace qwire

@@ -1,0 +1,114 @@
+#include "machine_limits.h"
+
+#include <sys/mman.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "pool.h"
+#include "registers.h"
+
+namespace qwire {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Operations a second of `block`, which does `operations` a call, on all threads.
+template <class Block>
+double measure(double seconds, double operations, Block block) {
+    const int threads = num_threads();
+    std::vector<double> rates(size_t(threads), 0.0);
+    const auto start = Clock::now();
+    parallel_for(threads, [&](int64_t task) {
+        int64_t calls = 0;
+        do {
+            block();
+            ++calls;
+        } while (seconds_since(start) < seconds);
+        rates[size_t(task)] = double(calls) * operations / seconds_since(start);
+    });
+    double sum = 0;
+    for (const double rate : rates) sum += rate;
+    return sum;
+}
+
+constexpr int kChains = kRegisters / 2 - 2;  // independent sums: more than the latency of any multiply-add
+constexpr int kLoops = 20000;
+
+// Keeps the compiler from seeing what a register holds.
+template <class V>
+QWIRE_INLINE void blur(V& v) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm volatile("" : "+x"(v));
+#else
+    asm volatile("" : "+m"(v));
+#endif
+}
+
+}  // namespace
+
+double measure_fma(double seconds) {
+    return measure(seconds, 2.0 * kLoops * kChains * kWidth, [] {
+        Floats sums[kChains] = {}, x = broadcast(0.5f), y = broadcast(0.25f);
+        for (int i = 0; i < kLoops; ++i)
+#pragma GCC unroll 16
+            for (int j = 0; j < kChains; ++j) {
+                sums[j] = multiply_add(x, y, sums[j]);
+                blur(sums[j]);
+            }
+    });
+}
+
+double measure_int8(double seconds) {
+    return measure(seconds, 8.0 * kLoops * kChains * kWidth, [] {
+        Ints sums[kChains] = {};
+        Ints bytes = broadcast(0x01020304);
+        int32_t activations[2] = {0x00010001, 0x00010001};
+        for (int i = 0; i < kLoops; ++i) {
+            blur(bytes);
+            const Quads weights = quads(bytes);
+#pragma GCC unroll 16
+            for (int j = 0; j < kChains; ++j) {
+                sums[j] = dot(sums[j], weights, activations);
+                blur(sums[j]);
+            }
+        }
+    });
+}
+
+double measure_read_bandwidth(double seconds) {
+    constexpr int64_t kBytes = int64_t{256} << 20, kSlice = int64_t{1} << 18;
+    constexpr int64_t kFar = 8192, kNear = 768;
+    void* memory = mmap(nullptr, kBytes + kFar, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    madvise(memory, kBytes + kFar, MADV_HUGEPAGE);
+    const char* data = static_cast<const char*>(memory);
+    std::memset(memory, 1, kBytes + kFar);  // else every page is the same page of zeros
+    double bytes = 0;
+    const auto start = Clock::now();
+    do {
+        parallel_for(kBytes / kSlice, [&](int64_t slice) {
+            const char* from = data + slice * kSlice;
+            Ints sum = {};
+            for (int64_t i = 0; i < kSlice; i += 64) {
+                __builtin_prefetch(from + i + kFar, 0, 2);
+                __builtin_prefetch(from + i + kNear, 0, 3);
+                for (int j = 0; j < 64; j += 4 * kWidth) sum += load<Ints>(from + i + j);
+            }
+            blur(sum);
+        });
+        bytes += kBytes;
+    } while (seconds_since(start) < seconds);
+    const double rate = bytes / seconds_since(start);
+    munmap(memory, kBytes + kFar);
+    return rate;
+}
+
+}  // namespace qwire

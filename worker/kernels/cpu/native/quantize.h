@@ -1,0 +1,65 @@
+// Rows of activations as signed bytes, in the layout that products with int8 and int4 weights read.
+//
+// Each row has one scale, absmax / 127, and its values are rounded to the nearest, ties to even: a row's bytes depend on
+// that row alone. Rows lie in tiles of up to kIntTile, which a kernel holds in registers at once; a tile is cut along K
+// into chunks of 32 values, [chunk][row][32], so that a row's values are written as they come and read side by side.
+#pragma once
+
+#include <cstdint>
+
+#include "registers.h"
+
+namespace qwire {
+
+constexpr int kChunk = 32;                                       // values of K
+constexpr int kChunkWords = kChunk / 4 * kActivationWords;       // 32-bit words that hold a chunk of one row
+constexpr int64_t kInt8Group = 128, kInt4Group = kChunk;         // values of K that share a weight's scale
+
+// Rows cut into the fewest tiles of at most `limit`, as even as can be.
+struct Tiles {
+    Tiles(int64_t rows, int64_t limit) : rows(rows), count((rows + limit - 1) / limit) {}
+    int64_t first(int64_t tile) const { return rows * tile / count; }
+    int size(int64_t tile) const { return int(first(tile + 1) - first(tile)); }
+
+    int64_t rows, count;
+};
+
+#if defined(__AVX512VNNI__)
+constexpr int kIntTile = 14;
+#elif defined(__AVX512F__)
+constexpr int kIntTile = 12;
+#else
+constexpr int kIntTile = 4;
+#endif
+
+// A buffer of quantized rows, as the caller's memory holds it.
+class QuantizedRows {
+   public:
+    static int64_t bytes(int64_t rows, int64_t size);
+
+    // `memory`: bytes(rows, size) of them, 64-byte aligned.
+    QuantizedRows(void* memory, int64_t rows, int64_t size);
+
+    // Fills row `row` from size floats. A row that holds NaN or infinity yields no finite product.
+    void quantize(int64_t row, const float* from) const;
+
+    // [chunks][tile rows][kChunkWords]
+    const int32_t* values(int64_t tile) const { return values_ + tiles.first(tile) * chunks * kChunkWords; }
+    // What a sum starts from so that weights stored as w + 128 count as w: [groups of 128][tile rows].
+    const int32_t* int8_starts(int64_t tile) const { return int8_starts_ + tiles.first(tile) * int8_groups; }
+    // The sum of each chunk, [chunks][tile rows].
+    const int32_t* sums(int64_t tile) const { return sums_ + tiles.first(tile) * chunks; }
+    const float* scales(int64_t tile) const { return scales_ + tiles.first(tile); }
+
+    const Tiles tiles;
+    const int64_t size, chunks, int8_groups;
+
+   private:
+    int32_t *values_, *int8_starts_, *sums_;
+    float* scales_;
+};
+
+// All rows, on all threads; `x` has `stride` floats from row to row.
+void quantize_rows(const QuantizedRows& to, const float* x, int64_t stride);
+
+}  // namespace qwire
