@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.engine.test_engine import Harness
 from tests.helpers.fake_runner import continuation
 from worker.engine.constraint import Standing, TokenMask
-from worker.engine.plan import NO_TOKEN, Drawn, StepPlan
+from worker.engine.plan import NO_TOKEN, Chunk, Drawn, StepPlan
 from worker.engine.sequence import EndReason
 
 
@@ -77,11 +77,15 @@ def undrawn(harness: Harness, keys: set[int]) -> None:
     """Has the runner draw nothing for sequences that begin with these ids, once they have generated two."""
     execute = harness.runner.execute
 
+    def begins_with_key(chunk: Chunk) -> bool:
+        held = harness.runner.cache[chunk.block_table[0]][0]
+        return held is not None and held[0] in keys
+
     def without(plan: StepPlan) -> list[list[Drawn]]:
         drawn = execute(plan)
         return [
             [Drawn(NO_TOKEN)] * len(chunk.draws)
-            if chunk.draws and chunk.draws[0].position == 2 and harness.runner.cache[chunk.block_table[0]][0] in keys
+            if chunk.draws and chunk.draws[0].position == 2 and begins_with_key(chunk)
             else tokens
             for chunk, tokens in zip(plan.chunks, drawn, strict=True)
         ]
