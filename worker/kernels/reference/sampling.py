@@ -9,6 +9,7 @@ they do not depend on the batch or the number of threads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,42 @@ _MIN_TEMPERATURE = 1e-6
 
 _PIECE = 1 << 15
 """Candidates scored at a time: their Philox words stay in the second-level cache."""
+
+
+class Selection(Protocol):
+    """What drawing asks of a backend: passes over whole rows of float32 logits [S, V]. The draw itself is shared."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The id of each row's greatest value, ties to the lower id, NaN above everything: int64 [S]."""
+        ...
+
+    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest values of each row, falling, and their ids, [S, count]. Which of equal values at the end
+        are taken, and the order of equal ones, is open."""
+        ...
+
+    def total_mass(self, logits: Tensor, peak: Tensor) -> Tensor:
+        """Sum of exp(logit - peak) over the vocabulary, float64 [S], in an order that V alone fixes."""
+        ...
+
+
+class TorchSelection:
+    """Implements `Selection` in plain torch."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
+    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        top = logits.topk(count)
+        return top.values, top.indices
+
+    def total_mass(self, logits: Tensor, peak: Tensor) -> Tensor:
+        weights = torch.exp(logits - peak[:, None])
+        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SUM_TILE))
+        return padded.view(len(logits), -1, _SUM_TILE).sum(-1, dtype=torch.float64).sum(-1)
+
+
+TORCH = TorchSelection()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +89,18 @@ class _Rows:
         return torch.where(kept, values + noise, -torch.inf)
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
+def sample(logits: Tensor, batch: SamplingBatch, selection: Selection = TORCH) -> Tensor:
     """See `Kernels.sample`."""
-    tokens = logits.argmax(dim=-1)
+    tokens = selection.argmax(logits)
     sampled = np.flatnonzero(batch.temperature > 0)
     if not len(sampled):
         return tokens
     rows = torch.from_numpy(sampled)
     temperature = torch.from_numpy(np.maximum(batch.temperature[sampled], np.float32(_MIN_TEMPERATURE)))
     values = (logits if len(sampled) == len(tokens) else logits[rows]) / temperature[:, None]
-    head = values.topk(min(_HEAD, values.shape[1]))
-    peak = head.values[:, 0]
-    value, last_id = _cuts(values, peak, batch.top_k[sampled], batch.top_p[sampled])
+    head_values, head_ids = selection.top_values(values, min(_HEAD, values.shape[1]))
+    peak = head_values[:, 0]
+    value, last_id = _cuts(values, peak, batch.top_k[sampled], batch.top_p[sampled], selection)
     with np.errstate(divide="ignore"):
         log_min_p = torch.from_numpy(np.log(batch.min_p[sampled]).astype(np.float32))
     seed = batch.seed[sampled]
@@ -76,7 +113,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
         choice=torch.from_numpy(batch.choice[sampled]),
         position=torch.from_numpy(batch.position[sampled]),
     )
-    tokens[rows] = _race(values, head.values, head.indices, kept, tokens[rows])
+    tokens[rows] = _race(values, head_values, head_ids, kept, tokens[rows])
     return tokens
 
 
@@ -114,7 +151,11 @@ def _race(values: Tensor, head_values: Tensor, head_ids: Tensor, kept: _Rows, de
 
 
 def _cuts(
-    values: Tensor, peak: Tensor, top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64]
+    values: Tensor,
+    peak: Tensor,
+    top_k: npt.NDArray[np.int64],
+    top_p: npt.NDArray[np.float64],
+    selection: Selection,
 ) -> tuple[Tensor, Tensor]:
     """The cut (value, last id) that top-k and then top-p leave of each row."""
     vocab = values.shape[1]
@@ -127,12 +168,12 @@ def _cuts(
     mass = torch.zeros(peak.shape, dtype=torch.float64)
     unlimited = pending[limit[pending] == vocab]
     if len(unlimited):
-        mass[unlimited] = total_mass(values[unlimited], peak[unlimited])
+        mass[unlimited] = selection.total_mass(values[unlimited], peak[unlimited])
     for width in _WIDTHS:
         if not len(pending):
             break
         width = min(width, vocab)
-        top = values[pending].topk(width).values
+        top = selection.top_values(values[pending], width)[0]
         keep, found = _count_kept(top, peak[pending], limit[pending], share[pending], mass[pending])
         # One value past the cut must be in view, to see whether it ties with the last one kept.
         found &= (keep < width) | (width == vocab)
@@ -149,13 +190,6 @@ def _cuts(
     for row in pending.tolist():
         value[row], last_id[row] = _cut_by_buckets(values[row], int(limit[row]), float(share[row]))
     return value, last_id
-
-
-def total_mass(values: Tensor, peak: Tensor) -> Tensor:
-    """Sum of exp(value - peak) over the vocabulary, float64 [S], in tiles of fixed size."""
-    weights = torch.exp(values - peak[:, None])
-    padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SUM_TILE))
-    return padded.view(len(values), -1, _SUM_TILE).sum(-1, dtype=torch.float64).sum(-1)
 
 
 def _count_kept(top: Tensor, peak: Tensor, limit: Tensor, share: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
