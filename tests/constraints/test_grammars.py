@@ -147,7 +147,8 @@ def test_states_depend_on_ids_alone(seed: int, cut: int) -> None:
         try:
             constraint = pb.Constraint(json_schema=json.dumps(SCHEMA))
             (state,) = await grammars.begin(constraint, [1], [()], may_end=True)
-            draw, ids, standing = random.Random(seed), [], Standing.OPEN
+            draw, standing = random.Random(seed), Standing.OPEN
+            ids: list[int] = []
             masks = []
             while standing is Standing.OPEN and len(ids) < 200:
                 masks.append(state.mask().bits())

@@ -149,7 +149,7 @@ def test_hostile_ones_are_refused_or_stopped_alone(client: Client, tiny: Running
         beside = [pool.submit(run, client, **options) for options in neighbours]
         refused = [pool.submit(run, client, **kind) for kind in REFUSED]
         stopped = [pool.submit(run, client, **kind, **endless) for kind in RUNAWAYS]
-        recursive = pool.submit(run, client, grammar='start: s\ns: s "a" | "b"', **{**endless, "max_tokens": 300})
+        recursive = pool.submit(run, client, grammar='start: s\ns: s "a" | "b"', **{**endless, "max_tokens": 120})
         for kind, call in zip(REFUSED, refused, strict=True):
             with pytest.raises(QwireError) as caught:
                 call.result()
@@ -166,7 +166,7 @@ def test_hostile_ones_are_refused_or_stopped_alone(client: Client, tiny: Running
                 grpc.StatusCode.INVALID_ARGUMENT,
                 Reason.CONSTRAINT_TOO_COMPLEX,
             )
-        assert recursive.result().text == "b" + "a" * 299
+        assert recursive.result().text == "b" + "a" * 119
         assert [call.result().token_ids for call in beside] == alone
     assert tiny.pids == pids
     assert eventually(lambda: tiny.state().blocks_in_use == 0, 2)
@@ -184,9 +184,6 @@ def test_what_cant_be(client: Client) -> None:
     with pytest.raises(QwireError) as caught:
         client.generate_once(token_ids=PROMPT, regex="(")
     assert caught.value.violations[0].field == "request.constraint.regex"
-    for call in (lambda: run(client, regex="a", choice=["b"]), lambda: run(client, choice="b")):
-        with pytest.raises((TypeError, ValueError)):
-            call()
 
 
 def test_a_call_that_is_cancelled_while_its_constraint_compiles(client: Client, tiny: RunningStack) -> None:

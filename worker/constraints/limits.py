@@ -7,7 +7,9 @@ MAX_TEXT_BYTES = 128 * 1024
 MAX_SCHEMA_DEPTH = 64
 """Nesting of objects and lists in a JSON schema."""
 CHECK_SECONDS = 2.0
-"""For the helper process to check one, after which it is killed."""
+"""Of the CPU's time for the helper process to check one, after which it is killed."""
+CHECK_WAIT_SECONDS = 20.0
+"""Until it has answered, however busy the machine is."""
 CHECK_MEMORY_BYTES = 256 * 1024 * 1024
 """Address space of the helper process above what it has when it starts."""
 CHECK_STACK_BYTES = 8 * 1024 * 1024

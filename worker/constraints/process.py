@@ -5,7 +5,7 @@ can't be stopped; so it is compiled here first, under limits, where the parent c
 worker's own threads about as long. Requests and replies are JSON objects, each after its length as a big-endian uint32,
 over stdin and stdout; one reply a request.
 
-    {"kind": json_schema | json_object | regex | grammar | choice, "text": str, "texts": [str]}
+    {"kind": json_schema | json_object | regex | grammar | choice, "text": str, "texts": [str], "seconds": float}
     -> {"grammar": str, "bytes": int}: as the library takes it, and how much memory it took when compiled
     -> {"refused": str}: why, in words for whoever sent the constraint
 
@@ -140,7 +140,10 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     tokenizer = llguidance.LLTokenizer("byte")  # grammars are the same over any vocabulary, and this one is tiny
     while len(header := requests.read(_HEADER.size)) == _HEADER.size:
         (size,) = _HEADER.unpack(header)
-        reply = json.dumps(_check(tokenizer, json.loads(requests.read(size)))).encode("ascii")
+        request = json.loads(requests.read(size))
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # of the CPU's time: SIGPROF ends the process
+        reply = json.dumps(_check(tokenizer, request)).encode("ascii")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(_HEADER.pack(len(reply)) + reply)
         replies.flush()
 
