@@ -108,7 +108,7 @@ def test_a_plain_request_passes() -> None:
         ({"constraint": pb.Constraint()}, ["constraint"]),
         ({"constraint": pb.Constraint(free_thinking=True)}, ["constraint"]),
         *(
-            ({"constraint": pb.Constraint(**{kind: text})}, [f"constraint.{kind}"])
+            ({"constraint": pb.Constraint(**{kind: text})}, [f"constraint.{kind}"])  # type: ignore[arg-type]
             for kind in ("json_schema", "regex", "grammar")
             for text in ("", "a" * (128 * 1024 + 1))
         ),
