@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 
 import click
@@ -29,6 +30,8 @@ from router.tokenizer_link import TokenizerLink
 from router.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
+
+HEALTH_LOOK_SECONDS = 0.05
 
 
 async def serve(config: RouterConfig) -> int:
@@ -75,7 +78,7 @@ async def serve(config: RouterConfig) -> int:
 
     background = [asyncio.create_task(link.run()) for link in links]
     background.append(asyncio.create_task(tokenizer.run()))
-    background.append(asyncio.create_task(_follow_health(fleet, servers)))
+    background.append(asyncio.create_task(_follow_health(fleet, servers, config.worker_wait)))
     stopping = asyncio.Event()
     broken: list[BaseException] = []
 
@@ -100,12 +103,19 @@ async def serve(config: RouterConfig) -> int:
     return 1 if broken else 0
 
 
-async def _follow_health(fleet: Fleet, servers: list[Server]) -> None:
-    """SERVING as soon as a worker is linked, and from then on."""
-    while not fleet.any_ready:
-        await asyncio.sleep(0.05)
-    for server in servers:
-        await server.set_serving(True)
+async def _follow_health(fleet: Fleet, servers: list[Server], worker_wait: float) -> None:
+    """SERVING from the first linked worker on, but for times in which none was ready for longer than calls wait."""
+    serving, last_ready = False, 0.0
+    while True:
+        now = time.monotonic()
+        if fleet.any_ready:
+            last_ready = now
+        wanted = fleet.any_ready or (serving and now - last_ready <= worker_wait)
+        if wanted != serving:
+            serving = wanted
+            for server in servers:
+                await server.set_serving(serving)
+        await asyncio.sleep(HEALTH_LOOK_SECONDS)
 
 
 def _name(module: object, service: str) -> str:

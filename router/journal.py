@@ -208,7 +208,8 @@ class Journal:
     def _take_start(self, start: worker_pb2.SequenceStart) -> None:
         self._recomputed += self._replayed
         if self._start is None:
-            self._start = start
+            self._start = worker_pb2.SequenceStart()
+            self._start.CopyFrom(start)  # what it is part of, a step's frame, must not live as long as the stream
         else:
             self._recomputed += self._prompt_tokens - start.cached_tokens
 

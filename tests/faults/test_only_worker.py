@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from qwire import Client, QwireError, Reason
+from qwire.service.healthcheck import status
 from qwire.stack import RestartPolicy
 from tests.faults.processes import workers
 from tests.helpers.stacks import RunningStack, eventually, running_stack
@@ -47,8 +48,10 @@ def test_the_only_worker_is_killed(alone: RunningStack) -> None:
         assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.NO_WORKER)
         assert caught.value.retry_after is not None
         assert time.monotonic() - started >= WAIT
+        assert eventually(lambda: status(alone.address, "") == "NOT_SERVING", 2 * WAIT)
         # The library tries streams that had begun again, and by then the worker may be back.
         assert eventually(lambda: workers(alone)[0].ready, 60)
+        assert eventually(lambda: status(alone.address, "") == "SERVING", 2)
         again = client.generate(token_ids=[3], max_tokens=3, ignore_eos=True, temperature=0).read()
         assert again.token_ids == once.token_ids
         for generation in (stream, queued):
