@@ -26,8 +26,8 @@ GROUP: dict[Format, int] = {"int8": 128, "int4": 32}
 """Weights along the input that share a scale; a row's last group may have fewer."""
 
 _WEIGHTS_AT_ONCE = 2**15 - 1
-"""Weights that a thread quantizes at a time: what the search needs stays in its caches, and torch, which shares out work
-from 2**15 elements on, starts no threads for it."""
+"""Weights that a thread quantizes at a time: what the search needs stays in its caches, and torch, which shares out
+work from 2**15 elements on, starts no threads for it."""
 _ZERO_BASE, _ZERO_STEP = 36 / 8, 3 / 8
 _MANTISSA = 20
 """Bits of a float32 below those that an int4 scale keeps."""
