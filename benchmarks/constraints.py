@@ -41,8 +41,8 @@ from worker.runner import TorchRunner
 PACKAGE, VERSION = "schemastore", "0.2.3"
 COUNT, SEED = 200, 7
 MAX_TOKENS = 512
-SHOWN_CHARACTERS = 1500
-"""Of a schema, in its prompt: the model's context is short and its attention shorter."""
+SHOWN_CHARACTERS = 600
+"""Of a schema, in its prompt: the model's attention is short."""
 QWEN_VOCABULARY = 151_936
 QWEN_ENDS = (151_645, 151_643)
 
@@ -101,7 +101,7 @@ class Outcome:
 
 async def generate(folder: Path, schemas: list[Any]) -> list[Outcome]:
     """What the demo model writes for each."""
-    runner = TorchRunner(folder, num_blocks=2048)
+    runner = TorchRunner(folder, num_blocks=2048, dtype="float32")
     grammars = Grammars.of(folder, runner.config.vocab_size, runner.config.eos_token_ids)
     if grammars is None:
         raise RuntimeError("the demo model has no tokenizer")
@@ -142,9 +142,10 @@ async def generate(folder: Path, schemas: list[Any]) -> list[Outcome]:
             if sequence.drawn.token_id >= 0:
                 ids.setdefault(number, []).append(sequence.drawn.token_id)
             if sequence.end is not None:
-                outcomes[number].end = sequence.end
-    for number, drawn in ids.items():
-        outcomes[number].text = tokenizer.decode(drawn, skip_special_tokens=True)
+                outcome = outcomes[number]
+                outcome.end = sequence.end
+                outcome.text = tokenizer.decode(ids.get(number, []), skip_special_tokens=True)
+                print(f"{number:3d} {outcome.end}: {len(ids.get(number, []))} ids {outcome.text[:60]!r}", flush=True)
     await grammars.close()
     return outcomes
 

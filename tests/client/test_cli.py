@@ -76,6 +76,27 @@ def test_every_flag(server: FakeServer) -> None:
     assert server.remaining[0] is not None
 
 
+def test_constraints(server: FakeServer, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"type": "null"}')
+    grammar.write_text('start: "a"')
+    given: list[tuple[list[str], gen.Constraint]] = [
+        (["--json-schema", str(schema)], gen.Constraint(json_schema='{"type": "null"}')),
+        (["--json-schema", ' {"type": "null"}'], gen.Constraint(json_schema=' {"type": "null"}')),
+        (["--json-schema", "true"], gen.Constraint(json_schema="true")),
+        (["--json-object"], gen.Constraint(json_object=gen.Constraint.JsonObject())),
+        (["--regex", "a+", "--free-thinking"], gen.Constraint(regex="a+", free_thinking=True)),
+        (["--grammar", str(grammar)], gen.Constraint(grammar='start: "a"')),
+        (["--grammar", "start: /b/"], gen.Constraint(grammar="start: /b/")),
+        (["--choice", "a", "--choice", "b"], gen.Constraint(choice=gen.Constraint.Choice(texts=["a", "b"]))),
+    ]
+    for flags, _ in given:
+        assert run(server, "generate", "--prompt", "x", *flags).exit_code == 0
+    assert [request.constraint for request in server.requests] == [constraint for _, constraint in given]
+    for wrong in (["--json-schema", "nowhere.json"], ["--regex", "a", "--choice", "b"]):
+        assert run(server, "generate", "--prompt", "x", *wrong).exit_code == 2
+
+
 def test_chat_and_messages(server: FakeServer, tmp_path: Path) -> None:
     assert run(server, "generate", "--chat", "hi", "--no-enable-thinking").exit_code == 0
     file = tmp_path / "messages.json"

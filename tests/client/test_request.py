@@ -65,6 +65,21 @@ def test_every_option_has_its_field() -> None:
     )  # fmt: skip
 
 
+def test_constraints() -> None:
+    assert build("a", json_schema={"type": "null"}).constraint.json_schema == '{"type": "null"}'
+    assert build("a", json_schema="true").constraint.json_schema == "true"
+    assert build("a", json_schema=False).constraint.json_schema == "false"
+    assert build("a", json_object=True).constraint.WhichOneof("kind") == "json_object"
+    assert not build("a", json_object=False).HasField("constraint")
+    assert build("a", regex="b", free_thinking=True).constraint == gen.Constraint(regex="b", free_thinking=True)
+    assert build("a", grammar="start: /b/").constraint.grammar == "start: /b/"
+    assert build("a", choice=["b", "c"]).constraint.choice.texts == ["b", "c"]
+    with pytest.raises(ValueError, match="regex and choice"):
+        build("a", regex="b", choice=["c"])
+    with pytest.raises(TypeError, match="list"):
+        build("a", choice="b")
+
+
 def test_exactly_one_input() -> None:
     inputs: list[dict[str, Any]] = [{}, {"prompt": "a", "chat": "b"}, {"messages": [], "token_ids": []}]
     for options in inputs:

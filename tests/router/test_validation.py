@@ -108,9 +108,9 @@ def test_a_plain_request_passes() -> None:
         ({"constraint": pb.Constraint()}, ["constraint"]),
         ({"constraint": pb.Constraint(free_thinking=True)}, ["constraint"]),
         *(
-            ({"constraint": pb.Constraint(**{kind: text})}, [f"constraint.{kind}"])  # type: ignore[arg-type]
-            for kind in ("json_schema", "regex", "grammar")
+            ({"constraint": constraint}, [f"constraint.{constraint.WhichOneof('kind')}"])
             for text in ("", "a" * (128 * 1024 + 1))
+            for constraint in (pb.Constraint(json_schema=text), pb.Constraint(regex=text), pb.Constraint(grammar=text))
         ),
         ({"constraint": texts()}, ["constraint.choice.texts"]),
         ({"constraint": texts(*["a"] * 1025)}, ["constraint.choice.texts"]),
