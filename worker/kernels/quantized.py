@@ -13,6 +13,7 @@ about the middle of q's range, as far off it as groups of Gaussian weights need.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +25,9 @@ Format = Literal["int8", "int4"]
 GROUP: dict[Format, int] = {"int8": 128, "int4": 32}
 """Weights along the input that share a scale; a row's last group may have fewer."""
 
-_WEIGHTS_AT_ONCE = 2**17
-"""Weights that are quantized at a time: what the search needs stays in the caches."""
+_WEIGHTS_AT_ONCE = 2**15 - 1
+"""Weights that a thread quantizes at a time: what the search needs stays in its caches, and torch, which shares out
+work from 2**15 elements on, starts no threads for it."""
 _ZERO_BASE, _ZERO_STEP = 36 / 8, 3 / 8
 _MANTISSA = 20
 """Bits of a float32 below those that an int4 scale keeps."""
@@ -68,10 +70,11 @@ def bits_per_weight(format: Format) -> float:  # noqa: A002
 
 def quantize(weight: Tensor, format: Format) -> QuantizedWeight:  # noqa: A002
     """Quantizes a weight [N, K] of any float dtype. Every row on its own, so slices of rows quantize to slices."""
-    rows = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
     one = {"int8": _int8, "int4": _int4}[format]
-    parts = [one(part) for part in torch.split(weight, rows)]
-    q, scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    parts = torch.split(weight, max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        made = list(threads.map(one, parts))
+    q, scale, zero = (torch.cat(tensors) for tensors in zip(*made, strict=True))
     return QuantizedWeight(format, weight.shape[1], q, scale, zero if format == "int4" else None)
 
 

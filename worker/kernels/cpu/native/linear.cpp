@@ -1,14 +1,3 @@
-// Panels, each of 32 columns and contiguous along K; "low" columns are a panel's first 16, "high" ones the other 16:
-//
-//   float32    [k][32 columns]
-//   bfloat16   [k][16 words]: a word holds a high column's value above a low column's, so that shift and mask widen both
-//   float16    [k][32 columns]
-//   int8       per group of 128: [16 words] of scales, laid out as bfloat16; then [k / 4][32 columns][4], stored as w + 128
-//   int4       per group of 32: [16 words] of scales and zero points, laid out as bfloat16, a zero point in the low 4 bits of
-//              its scale; then [k / 4][16 columns][4 bytes]: a byte holds a high column's value above a low column's
-//
-// K is padded with zeros to a multiple of 32, so that inner loops are of fixed length, and columns to a multiple of 32. The
-// last group may be shorter than the others.
 #include "linear.h"
 
 #include <algorithm>
@@ -32,20 +21,6 @@ constexpr int kRegisterTile = kRegisters == 32 ? 6 : 2;
 // Weights are prefetched twice: into the level-2 cache, then into the level-1 cache. Bytes ahead, by measurement.
 constexpr int64_t kFar = 8192, kNear = 768;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t panel_bytes(Format format, int64_t in) {
-    const int64_t padded = ceil_div(in, kChunk) * kChunk;
-    switch (format) {
-        case Format::kFloat32: return padded * kPanel * 4;
-        case Format::kBfloat16:
-        case Format::kFloat16: return padded * kPanel * 2;
-        case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + padded * kPanel;
-        case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + padded * kPanel / 2;
-    }
-    __builtin_unreachable();
-}
-
 // One panel times one tile of rows.
 struct Product {
     const char* panel;
@@ -58,10 +33,21 @@ struct Product {
     float* y;
     int64_t y_stride;
     int columns;  // 32, fewer in the last panel
-    // Prefetching goes on at `ahead`, `advance` bytes for each 64 that this product reads.
+    // Prefetching goes on at `ahead`, `advance` bytes for each chunk of K.
     const char* ahead;
     int64_t advance;
 };
+
+// Tiles of fewer rows are all of their call's rows, so weights stream past and are prefetched at the pace at which they
+// are read, spread among the steps. In others that would take load slots that the rows need: there, a chunk at a time.
+template <int R, int kLimit>
+constexpr bool kStreams = R < kLimit / 2;
+
+QWIRE_INLINE const char* prefetch_chunk(const Product& p, const char* ahead) {
+    const char* end = ahead + p.advance;
+    for (; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    return end;
+}
 
 // The two vectors of a step that pass `pass` works on, where a register holds fewer than 16 columns.
 struct Pair {
@@ -183,13 +169,13 @@ void float_product(const Product& p) {
         const float* rows = static_cast<const float*>(p.rows);
         Floats sums[R][2] = {};
         for (int64_t chunk = 0; chunk < p.chunks; ++chunk, rows += R * kChunk) {
+            if (!kStreams<R, kFloatTile>) ahead = prefetch_chunk(p, ahead);
 #pragma GCC unroll 2
             for (int k = 0; k < kChunk; ++k) {
                 const Pair weights = W::widen(at, pass);
                 for (int i = 0; i < W::kStep; i += 64) {
                     __builtin_prefetch(at + kNear + i, 0, 3);
-                    __builtin_prefetch(ahead, 0, 2);
-                    ahead += p.advance;
+                    if (kStreams<R, kFloatTile>) __builtin_prefetch(at + kFar + i, 0, 2);
                 }
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
@@ -226,17 +212,16 @@ void integer_product(const Product& p) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) zeros.start(starts[r], sums[r][0], sums[r][1]);
             __builtin_prefetch(group + kNear, 0, 3);
-            __builtin_prefetch(ahead, 0, 2);
-            ahead += p.advance;
+            if (kStreams<R, kIntTile>) __builtin_prefetch(group + kFar, 0, 2);
             for (int64_t chunk = 0; chunk < kChunks && chunk < left; ++chunk, rows += R * kChunkWords) {
+                if (!kStreams<R, kIntTile>) ahead = prefetch_chunk(p, ahead);
 #pragma GCC unroll 2
                 for (int k = 0; k < kChunk / 4; ++k) {
                     Quads low, high;
                     W::load(at, pass, low, high);
                     for (int i = 0; i < W::kStep; i += 64) {
                         __builtin_prefetch(at + kNear + i, 0, 3);
-                        __builtin_prefetch(ahead, 0, 2);
-                        ahead += p.advance;
+                        if (kStreams<R, kIntTile>) __builtin_prefetch(at + kFar + i, 0, 2);
                     }
 #pragma GCC unroll 16
                     for (int r = 0; r < R; ++r) {
@@ -349,7 +334,7 @@ void multiply(Format format, const void* packed, int64_t out, int64_t in, const 
             // share of the next one.
             p.ahead = tiles.count == 1 ? p.panel + kFar
                                        : static_cast<const char*>(packed) + next * bytes + bytes * tile / tiles.count;
-            p.advance = ceil_div(64, tiles.count);
+            p.advance = ceil_div(bytes, tiles.count * p.chunks);
             p.y = y + tiles.first(tile) * y_stride + panel * kPanel;
             fill(p, tile);
             by_rows[tiles.size(tile) - 1](p);
@@ -382,6 +367,11 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
              [&](Product& p, int64_t tile) { p.rows = tiled + tiles.first(tile) * row_size; });
 }
 
+// Where a panel's 16-bit value of one column stands, among the 32 of a step.
+int64_t word_half(int64_t column) { return column % 16 * 2 + column / 16; }
+
+}  // namespace
+
 float widen(Format format, uint32_t bits) {
     if (format == Format::kBfloat16) return __builtin_bit_cast(float, bits << 16);
     char half[2 * kWidth] = {};
@@ -389,127 +379,19 @@ float widen(Format format, uint32_t bits) {
     return Float16::widen(half)[0];
 }
 
-uint16_t to_bfloat16(float x) { return narrow_bf16(splat(x))[0]; }
-
-// To the nearest float16, ties to even; NaN stays NaN.
-uint16_t to_float16(float x) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
-    const uint32_t sign = bits >> 16 & 0x8000u;
-    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-    if (magnitude < 0x38800000u)  // subnormal: adding 2^-1 leaves the rounded multiple of 2^-24 in the low bits
-        return uint16_t(sign | (__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u));
-    return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+int64_t panel_bytes(Format format, int64_t in) {
+    const int64_t padded = ceil_div(in, kChunk) * kChunk;
+    switch (format) {
+        case Format::kFloat32: return padded * kPanel * 4;
+        case Format::kBfloat16:
+        case Format::kFloat16: return padded * kPanel * 2;
+        case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + padded * kPanel;
+        case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + padded * kPanel / 2;
+    }
+    __builtin_unreachable();
 }
-
-float read_float(Format source, const void* rows, int64_t index) {
-    if (source == Format::kFloat32) return static_cast<const float*>(rows)[index];
-    return widen(source, static_cast<const uint16_t*>(rows)[index]);
-}
-
-uint16_t narrow(Format format, Format source, const void* rows, int64_t index) {
-    if (source == format) return static_cast<const uint16_t*>(rows)[index];
-    const float x = read_float(source, rows, index);
-    return format == Format::kBfloat16 ? to_bfloat16(x) : to_float16(x);
-}
-
-// Where a panel's 16-bit value of one column stands, among the 32 of a step.
-int64_t word_half(int64_t column) { return column % 16 * 2 + column / 16; }
-
-// Calls f(panel, first row, last row) for the panels that rows [first, first + count) fall in.
-template <class F>
-void over_panels(int64_t first, int64_t count, F&& f) {
-    const int64_t begin = first / kPanel, end = ceil_div(first + count, kPanel);
-    parallel_for(end - begin, [&](int64_t task) {
-        const int64_t panel = begin + task, from = panel * kPanel, to = from + kPanel;
-        f(panel, from < first ? first : from, to < first + count ? to : first + count);
-    });
-}
-
-}  // namespace
 
 int64_t packed_bytes(Format format, int64_t out, int64_t in) { return ceil_div(out, kPanel) * panel_bytes(format, in); }
-
-constexpr int64_t kPieceSteps = 64;  // of K
-
-void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t count, Format source,
-                 const void* rows) {
-    over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
-        char* to = static_cast<char*>(packed) + panel * panel_bytes(format, in);
-        if (format == source && format != Format::kFloat32) {  // as most weights are: moved in pieces that caches hold
-            for (int64_t k = 0; k < in; k += kPieceSteps)
-                for (int64_t row = begin; row < end; ++row) {
-                    const int64_t column = row % kPanel, stop = k + kPieceSteps < in ? k + kPieceSteps : in;
-                    const uint16_t* from = static_cast<const uint16_t*>(rows) + (row - first) * in;
-                    uint16_t* half =
-                        reinterpret_cast<uint16_t*>(to) + (format == Format::kBfloat16 ? word_half(column) : column);
-                    for (int64_t i = k; i < stop; ++i) half[i * kPanel] = from[i];
-                }
-            return;
-        }
-        for (int64_t k = 0; k < in; ++k)
-            for (int64_t row = begin; row < end; ++row) {
-                const int64_t column = row % kPanel, index = (row - first) * in + k;
-                if (format == Format::kFloat32)
-                    reinterpret_cast<float*>(to)[k * kPanel + column] = read_float(source, rows, index);
-                else
-                    reinterpret_cast<uint16_t*>(
-                        to)[k * kPanel + (format == Format::kBfloat16 ? word_half(column) : column)] =
-                        narrow(format, source, rows, index);
-            }
-    });
-}
-
-void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int8_t* q, const uint16_t* scale) {
-    const int64_t groups = ceil_div(in, kInt8Group);
-    over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
-        char* to = static_cast<char*>(packed) + panel * panel_bytes(Format::kInt8, in);
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t from = group * kInt8Group, size = in - from < kInt8Group ? in - from : kInt8Group;
-            for (int64_t row = begin; row < end; ++row)
-                reinterpret_cast<uint16_t*>(to)[word_half(row % kPanel)] = scale[(row - first) * groups + group];
-            to += 64;
-            for (int64_t k = 0; k < size; k += 4, to += Int8::kStep)
-                for (int64_t row = begin; row < end; ++row) {
-                    const int8_t* values = q + (row - first) * in + from + k;
-                    uint32_t four = 0;
-                    if (size - k >= 4)
-                        std::memcpy(&four, values, 4);  // of a size that compiles to one load
-                    else
-                        std::memcpy(&four, values, size_t(size - k));
-                    four ^= 0x80808080u;
-                    std::memcpy(to + row % kPanel * 4, &four, 4);
-                }
-        }
-    });
-}
-
-void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uint8_t* q, const uint16_t* scale,
-               const uint8_t* zero) {
-    const int64_t groups = ceil_div(in, kInt4Group), row_bytes = ceil_div(in, 2);
-    over_panels(first, count, [&](int64_t panel, int64_t begin, int64_t end) {
-        char* to = static_cast<char*>(packed) + panel * panel_bytes(Format::kInt4, in);
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t from = group * kInt4Group, size = in - from < kInt4Group ? in - from : kInt4Group;
-            for (int64_t row = begin; row < end; ++row) {
-                const int64_t index = (row - first) * groups + group;
-                reinterpret_cast<uint16_t*>(to)[word_half(row % kPanel)] = uint16_t(scale[index] | zero[index]);
-            }
-            to += 64;
-            for (int64_t k = 0; k < size; k += 4, to += 2 * kPanel)
-                for (int64_t row = begin; row < end; ++row) {
-                    const int64_t column = row % kPanel;
-                    const uint8_t* values = q + (row - first) * row_bytes;
-                    for (int64_t i = 0; i < 4 && k + i < size; ++i) {
-                        const int64_t index = from + k + i;
-                        const int value = values[index / 2] >> (index % 2 * 4) & 15;
-                        char& byte = to[column % 16 * 4 + i];
-                        byte = char(byte | value << (column / 16 * 4));
-                    }
-                }
-        }
-    });
-}
 
 void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
             int64_t x_stride, float* y, int64_t y_stride) {

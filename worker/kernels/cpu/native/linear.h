@@ -4,7 +4,19 @@
 // W is packed into panels of 32 output columns, contiguous along K, so that a panel is one stream of memory and serves
 // any number of rows. An output's bits depend on its own row and column: float sums run over K in order, one
 // accumulator an output, with FMA where there is one; integer sums are exact within a weight's group and the groups are
-// added in order. See linear.cpp for the panels of each format.
+// added in order.
+//
+// Panels, each of 32 columns and contiguous along K; "low" columns are a panel's first 16, "high" ones the other 16:
+//
+//   float32    [k][32 columns]
+//   bfloat16   [k][16 words]: a word holds a high column's value above a low column's, so that shift and mask widen both
+//   float16    [k][32 columns]
+//   int8       per group of 128: [16 words] of scales, laid out as bfloat16; then [k / 4][32 columns][4], stored as w + 128
+//   int4       per group of 32: [16 words] of scales and zero points, laid out as bfloat16, a zero point in the low 4 bits of
+//              its scale; then [k / 4][16 columns][4 bytes]: a byte holds a high column's value above a low column's
+//
+// K is padded with zeros to a multiple of 32, so that inner loops are of fixed length, and columns to a multiple of 32. The
+// last group may be shorter than the others.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +28,12 @@ namespace qwire {
 enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 constexpr int kPanel = 32;  // output columns
 
+// The value of a bfloat16 or float16, given its bits.
+float widen(Format format, uint32_t bits);
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t panel_bytes(Format format, int64_t in);
 int64_t packed_bytes(Format format, int64_t out, int64_t in);
 
 // Rows [first, first + count) of W into `packed`, which began as zeros. `rows` is [count, in] of `source`'s type, one of

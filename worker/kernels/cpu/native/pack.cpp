@@ -1,0 +1,196 @@
+// Weights into panels. Every format's panel is rows of 32-bit words, one or two rows of 16 words a step along K; a word
+// holds what some rows of W have at that step. So packing is the same for all: 16 words of each column are gathered
+// along K, then 16 columns of them transposed.
+#include <algorithm>
+#include <cstring>
+
+#include "linear.h"
+#include "pool.h"
+
+namespace qwire {
+namespace {
+
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+constexpr int kBlock = 16;  // steps that are packed at a time
+
+QWIRE_INLINE void transpose(u32v (&x)[16]) {
+    // Each round interleaves rows i and i + 8: after four, word j of row i is word i of row j.
+    for (int round = 0; round < 4; ++round) {
+        u32v y[16];
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + 8], u32v{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+            y[2 * i + 1] =
+                __builtin_shuffle(x[i], x[i + 8], u32v{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+        }
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
+    }
+}
+
+// To the nearest float16, ties to even; NaN stays NaN.
+uint16_t narrow_f16(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+    if (magnitude < 0x38800000u)  // subnormal: adding 2^-1 leaves the rounded multiple of 2^-24 in the low bits
+        return uint16_t(sign | (__builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u));
+    return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+}
+
+// Sixteen values of a row of W.
+QWIRE_INLINE f32v read(Format source, const char* from) {
+    if (source == Format::kFloat32) return load<f32v>(from);
+    const auto halves = load<u16x16>(from);
+    if (source == Format::kBfloat16) return widen_bf16(halves);
+    f32v wide;
+    for (int i = 0; i < 16; ++i) wide[i] = widen(source, halves[i]);
+    return wide;
+}
+
+QWIRE_INLINE u32v read_narrow(Format format, Format source, const char* from) {
+    if (format == source) return __builtin_convertvector(load<u16x16>(from), u32v);
+    const f32v wide = read(source, from);
+    if (format == Format::kBfloat16) return __builtin_convertvector(narrow_bf16(wide), u32v);
+    u32v narrow;
+    for (int i = 0; i < 16; ++i) narrow[i] = narrow_f16(wide[i]);
+    return narrow;
+}
+
+// The rows of W that are being packed, seen from one panel: columns [begin, end) of it, `row_bytes` a row.
+struct Rows {
+    const char* data;
+    int64_t row_bytes;
+    int begin, end;
+
+    // `bytes` of a column's row from `offset` on, as a vector; zeros past the row's end and for other columns.
+    template <class Convert>
+    QWIRE_INLINE u32v get(int column, int64_t offset, int64_t bytes, Convert&& convert) const {
+        if (column < begin || column >= end) return u32v{};
+        const char* from = data + (column - begin) * row_bytes + offset;
+        if (offset + bytes <= row_bytes) return convert(from);
+        alignas(64) char rest[64] = {};
+        if (offset < row_bytes) std::memcpy(rest, from, size_t(row_bytes - offset));
+        return convert(rest);
+    }
+};
+
+// Stores `words(column, block)` of all 16 columns at the block's steps. Rows of a panel may come in several calls, so
+// words are merged into what is there, which began as zeros.
+template <class Words>
+QWIRE_INLINE void store_block(char* const (&steps)[kBlock], Words&& words) {
+    u32v block[16];
+    for (int column = 0; column < 16; ++column) block[column] = words(column);
+    transpose(block);
+    for (int i = 0; i < kBlock; ++i) store(steps[i], load<u32v>(steps[i]) | block[i]);
+}
+
+// Calls f(panel's address, Rows) for each panel that rows [first, first + count) fall in, on all threads.
+template <class F>
+void over_panels(Format format, void* packed, int64_t in, int64_t first, int64_t count, const void* data,
+                 int64_t row_bytes, F&& f) {
+    const int64_t from = first / kPanel, to = ceil_div(first + count, kPanel), bytes = panel_bytes(format, in);
+    parallel_for(to - from, [&](int64_t task) {
+        const int64_t start = (from + task) * kPanel, begin = std::max(first, start);
+        const int64_t end = std::min(first + count, start + kPanel);
+        const Rows rows{static_cast<const char*>(data) + (begin - first) * row_bytes, row_bytes, int(begin - start),
+                        int(end - start)};
+        f(static_cast<char*>(packed) + (from + task) * bytes, rows, begin - first);
+    });
+}
+
+// Addresses of the block's steps; those past the panel's end lead to `waste`.
+void find_steps(char* (&steps)[kBlock], char* panel, int64_t first, int64_t count, int64_t step_bytes,
+                int64_t steps_per_group, char* waste) {
+    for (int64_t i = 0; i < kBlock; ++i) {
+        const int64_t step = first + i;
+        const int64_t scales = steps_per_group ? (step / steps_per_group + 1) * 64 : 0;
+        steps[i] = step < count ? panel + scales + step * step_bytes : waste;
+    }
+}
+
+// A group's scales, `bits(column, group)` for the columns at hand, into its first 16 words.
+template <class Bits>
+void store_scales(char* to, const Rows& rows, int64_t group, Bits&& bits) {
+    for (int column = rows.begin; column < rows.end; ++column) {
+        const uint16_t value = bits(column - rows.begin, group);
+        std::memcpy(to + column % 16 * 4 + column / 16 * 2, &value, 2);
+    }
+}
+
+}  // namespace
+
+void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t count, Format source,
+                 const void* data) {
+    const int64_t size = source == Format::kFloat32 ? 4 : 2, steps_count = ceil_div(in, kChunk) * kChunk;
+    over_panels(format, packed, in, first, count, data, in * size, [&](char* panel, const Rows& rows, int64_t) {
+        alignas(64) char waste[128];
+        char* steps[kBlock];
+        for (int64_t k = 0; k < in; k += kBlock) {
+            find_steps(steps, panel, k, steps_count, format == Format::kFloat32 ? 128 : 64, 0, waste);
+            const auto narrow = [&](int column) __attribute__((always_inline)) {
+                return rows.get(column, k * size, kBlock * size,
+                                [&](const char* from) { return read_narrow(format, source, from); });
+            };
+            const auto wide = [&](int column) __attribute__((always_inline)) {
+                return rows.get(column, k * size, kBlock * size,
+                                [&](const char* from) { return (u32v)read(source, from); });
+            };
+            if (format == Format::kFloat32) {
+                store_block(steps, wide);
+                for (char*& step : steps) step += 64;
+                store_block(steps, [&](int column) { return wide(column + 16); });
+            } else if (format == Format::kBfloat16) {
+                store_block(steps, [&](int column) { return narrow(column) | narrow(column + 16) << 16; });
+            } else {
+                store_block(steps, [&](int column) { return narrow(2 * column) | narrow(2 * column + 1) << 16; });
+            }
+        }
+    });
+}
+
+void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int8_t* q, const uint16_t* scale) {
+    const int64_t groups = ceil_div(in, kInt8Group), steps_count = ceil_div(in, kChunk) * (kChunk / 4);
+    over_panels(Format::kInt8, packed, in, first, count, q, in, [&](char* panel, const Rows& rows, int64_t row) {
+        alignas(64) char waste[128];
+        char* steps[kBlock];
+        for (int64_t step = 0; step < steps_count; step += kBlock) {
+            find_steps(steps, panel, step, steps_count, 128, kInt8Group / 4, waste);
+            const auto words = [&](int column) __attribute__((always_inline)) {
+                return rows.get(column, step * 4, kBlock * 4,
+                                [](const char* from) { return load<u32v>(from) ^ 0x80808080u; });
+            };
+            store_block(steps, words);
+            for (char*& at : steps) at += 64;
+            store_block(steps, [&](int column) { return words(column + 16); });
+        }
+        for (int64_t group = 0; group < groups; ++group)
+            store_scales(panel + group * (64 + kInt8Group * kPanel), rows, group,
+                         [&](int64_t i, int64_t g) { return scale[(row + i) * groups + g]; });
+    });
+}
+
+void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uint8_t* q, const uint16_t* scale,
+               const uint8_t* zero) {
+    const int64_t groups = ceil_div(in, kInt4Group), steps_count = ceil_div(in, kChunk) * (kChunk / 4);
+    over_panels(Format::kInt4, packed, in, first, count, q, ceil_div(in, 2), [&](char* panel, const Rows& rows,
+                                                                                 int64_t row) {
+        alignas(64) char waste[128];
+        char* steps[kBlock];
+        for (int64_t step = 0; step < steps_count; step += kBlock) {
+            find_steps(steps, panel, step, steps_count, 64, kInt4Group / 4, waste);
+            const auto words = [&](int column) __attribute__((always_inline)) {
+                return rows.get(column, step * 2, kBlock * 2, [](const char* from) {
+                    const u32v four = __builtin_convertvector(load<u16x16>(from), u32v);
+                    return (four & 0xfu) | (four & 0xf0u) << 4 | (four & 0xf00u) << 8 | (four & 0xf000u) << 12;
+                });
+            };
+            store_block(steps, [&](int column) { return words(column) | words(column + 16) << 4; });
+        }
+        for (int64_t group = 0; group < groups; ++group)
+            store_scales(panel + group * (64 + kInt4Group * kPanel / 2), rows, group, [&](int64_t i, int64_t g) {
+                return uint16_t(scale[(row + i) * groups + g] | zero[(row + i) * groups + g]);
+            });
+    });
+}
+
+}  // namespace qwire
