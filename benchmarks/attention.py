@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import click
@@ -70,6 +71,11 @@ def measure(probe: Probe, run: Callable[[], object], rounds: int) -> tuple[float
         samples.append((taken, before, probe()))
     kept = [taken for taken, before, after in samples if probe.good(before) and probe.good(after)]
     return statistics.median(kept or [sample[0] for sample in samples]), len(kept)
+
+
+def ready(run: Callable[[], object]) -> Callable[[], object]:
+    """A case that needs nothing made for it."""
+    return run
 
 
 def attend(module: ModuleType, chunks: list[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
@@ -133,7 +139,7 @@ def main(isa: str, threads: int, rounds: int, only: str) -> None:
     probe = Probe(module)
     print(f"{name}, {len(cpus)} threads")
 
-    def case(label: str, make: Callable[[], Callable[[], object]], bytes_read: float = 0, flop: float = 0) -> None:
+    def case(label: str, make: Callable[[], Callable[[], object]], *, bytes_read: float = 0, flop: float = 0) -> None:
         if only not in label:
             return
         seconds, kept = measure(probe, make(), rounds)
@@ -145,22 +151,22 @@ def main(isa: str, threads: int, rounds: int, only: str) -> None:
     for batch, length in DECODES:
         chunks = [(length - 1, 1)] * batch
         label = f"decode {batch} x {length}"
-        case(label, lambda chunks=chunks: attend(module, chunks, torch.bfloat16), bytes_read=2 * pair * batch * length)
+        case(label, partial(attend, module, chunks, torch.bfloat16), bytes_read=2 * pair * batch * length)
     for start, length in PREFILLS:
         pairs = length * start + length * (length + 1) / 2
         flop = 4 * pairs * Q_HEADS * HEAD_DIM * LAYERS
         chunk = [(start, length)]
-        case(f"prefill {length} at {start}", lambda chunk=chunk: attend(module, chunk, torch.bfloat16), flop=flop)
+        case(f"prefill {length} at {start}", partial(attend, module, chunk, torch.bfloat16), flop=flop)
     for count in SMALL:
         for kernel, run in small(module, count).items():
-            case(f"{kernel} {count} rows", lambda run=run: run)
+            case(f"{kernel} {count} rows", partial(ready, run))
     for count in (1, 16):
         logits = torch.randn(count, VOCAB)
         peaks = logits.amax(-1)
-        case(f"argmax {count} rows", lambda logits=logits: lambda: select.argmax(module, logits))
-        case(f"total_mass {count} rows", lambda logits=logits, p=peaks: lambda: select.total_mass(module, logits, p))
+        case(f"argmax {count} rows", partial(ready, partial(select.argmax, module, logits)))
+        case(f"total_mass {count} rows", partial(ready, partial(select.total_mass, module, logits, peaks)))
         for top in (64, 1024):
-            case(f"top {top}, {count} rows", lambda logits=logits, k=top: lambda: select.top_values(module, logits, k))
+            case(f"top {top}, {count} rows", partial(ready, partial(select.top_values, module, logits, top)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.native_modules import each_isa, module
-from worker.kernels.cpu.select import argmax, top_values, total_mass
+from worker.kernels.cpu.select import NativeSelection, argmax, top_values, total_mass
+from worker.kernels.interface import SamplingBatch
+from worker.kernels.reference.logits import logprobs
+from worker.kernels.reference.sampling import sample
 
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 1000, 8191, 8193, 20_000])
 
@@ -94,3 +98,25 @@ def test_what_they_refuse() -> None:
         top_values(native, torch.zeros(2, 8), 9)
     with pytest.raises(ValueError, match="peaks"):
         total_mass(native, torch.zeros(2, 8), torch.zeros(3))
+
+
+@each_isa
+def test_drawing_is_the_same_with_either_selection(isa: str) -> None:
+    count = 24
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(count, 30_000, generator=generator) * torch.linspace(0.1, 6, count)[:, None]
+    batch = SamplingBatch(
+        temperature=np.resize(np.array([0.0, 1.0, 0.7, 2.0, 1.3], np.float32), count),
+        top_k=np.resize(np.array([0, 0, 20, 5000]), count),
+        top_p=np.resize([1.0, 0.9, 0.999], count),
+        min_p=np.resize([0.0, 0.01], count),
+        seed=np.arange(count, dtype=np.uint64),
+        choice=np.zeros(count, np.int64),
+        position=np.arange(count),
+    )
+    selection = NativeSelection(module(isa, 2))
+    drawn = sample(logits, batch, selection)
+    assert torch.equal(drawn, sample(logits, batch))
+    assert torch.equal(sample(logits, batch, NativeSelection(module(isa))), drawn)
+    for mine, wanted in zip(logprobs(logits, drawn, 20, selection), logprobs(logits, drawn, 20), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6)

@@ -104,8 +104,4 @@ class CpuKernels:
         reference_logits.edit_logits(logits, edits)
 
     def logprobs(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        values, ids = self._selection.top_values(logits, max(1, min(count, logits.shape[1])))
-        mass = self._selection.total_mass(logits, values[:, 0])
-        log_total = (values[:, 0].double() + mass.log()).float()
-        drawn = logits.gather(1, tokens[:, None]).squeeze(1) - log_total
-        return drawn, ids[:, :count], values[:, :count] - log_total[:, None]
+        return reference_logits.logprobs(logits, tokens, count, self._selection)

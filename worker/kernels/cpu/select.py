@@ -5,6 +5,7 @@ The order is greater first, equal ones by rising id; -0.0 equals 0.0, and NaN is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -48,17 +49,17 @@ def total_mass(native: ModuleType, logits: Tensor, peaks: Tensor) -> Tensor:
     return masses
 
 
+@dataclass(frozen=True, slots=True)
 class NativeSelection:
-    """Implements `worker.kernels.reference.sampling.Selection`."""
+    """Implements `worker.kernels.reference.sampling.Selection` by a module of compiled kernels."""
 
-    def __init__(self, native: ModuleType) -> None:
-        self._native = native
+    native: ModuleType
 
     def argmax(self, logits: Tensor) -> Tensor:
-        return argmax(self._native, logits.contiguous())
+        return argmax(self.native, logits)
 
     def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return top_values(self._native, logits.contiguous(), count)
+        return top_values(self.native, logits, count)
 
-    def total_mass(self, logits: Tensor, peaks: Tensor) -> Tensor:
-        return total_mass(self._native, logits.contiguous(), peaks)
+    def total_mass(self, logits: Tensor, peak: Tensor) -> Tensor:
+        return total_mass(self.native, logits, peak)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels.interface import LogitEdits
-from worker.kernels.reference.sampling import TORCH_SELECTION
+from worker.kernels.reference.sampling import TORCH, Selection
 
 
 def edit_logits(logits: Tensor, edits: LogitEdits) -> None:
@@ -27,19 +27,18 @@ def edit_logits(logits: Tensor, edits: LogitEdits) -> None:
         logits[torch.from_numpy(edits.banned.rows), torch.from_numpy(edits.banned.ids)] = -torch.inf
 
 
-def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def logprobs(logits: Tensor, tokens: Tensor, count: int, selection: Selection = TORCH) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.logprobs`."""
     count = min(count, logits.shape[1])
     peak = logits.amax(-1)
-    log_total = (peak.double() + TORCH_SELECTION.total_mass(logits, peak).log()).float()
+    log_total = (peak.double() + selection.total_mass(logits, peak).log()).float()
     drawn = logits.gather(1, tokens[:, None]).squeeze(1) - log_total
     if not count:
         none = logits.new_empty(len(logits), 0)
         return drawn, none.long(), none
-    top = logits.topk(count)
-    ids, values = top.indices, top.values
+    values, ids = selection.top_values(logits, count)
     for row in range(len(logits)):
-        # topk leaves open which of equal values it takes, and in which order.
+        # The selection leaves open which of equal values it takes, and in which order.
         near = torch.nonzero(logits[row] >= values[row, -1]).flatten()
         order = logits[row, near].sort(descending=True, stable=True).indices[:count]
         ids[row], values[row] = near[order], logits[row, near[order]]

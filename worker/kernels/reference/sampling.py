@@ -31,6 +31,42 @@ _PIECE = 1 << 15
 """Candidates scored at a time: their Philox words stay in the second-level cache."""
 
 
+class Selection(Protocol):
+    """What drawing asks of a backend: passes over whole rows of float32 logits [S, V]. The draw itself is shared."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The id of each row's greatest value, ties to the lower id, NaN above everything: int64 [S]."""
+        ...
+
+    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest values of each row, falling, and their ids, [S, count]. Which of equal values at the end
+        are taken, and the order of equal ones, is open."""
+        ...
+
+    def total_mass(self, logits: Tensor, peak: Tensor) -> Tensor:
+        """Sum of exp(logit - peak) over the vocabulary, float64 [S], in an order that V alone fixes."""
+        ...
+
+
+class TorchSelection:
+    """Implements `Selection` in plain torch."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
+    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        top = logits.topk(count)
+        return top.values, top.indices
+
+    def total_mass(self, logits: Tensor, peak: Tensor) -> Tensor:
+        weights = torch.exp(logits - peak[:, None])
+        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SUM_TILE))
+        return padded.view(len(logits), -1, _SUM_TILE).sum(-1, dtype=torch.float64).sum(-1)
+
+
+TORCH = TorchSelection()
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """Sampled rows: what is kept of each, and the key and counter of its random numbers. All [S]."""
@@ -53,50 +89,18 @@ class _Rows:
         return torch.where(kept, values + noise, -torch.inf)
 
 
-class Selection(Protocol):
-    """What a backend may do faster than torch; see `TorchSelection`. A row's results depend on the row alone."""
-
-    def argmax(self, logits: Tensor) -> Tensor: ...
-
-    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]: ...
-
-    def total_mass(self, logits: Tensor, peaks: Tensor) -> Tensor: ...
-
-
-class TorchSelection:
-    """Implements `Selection`."""
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """The first of each row's greatest values, int64 [S], of float32 [S, V]."""
-        return logits.argmax(dim=-1)
-
-    def top_values(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The greatest values of each row, falling, and their ids, [S, count] each; of equal ones any."""
-        top = logits.topk(count)
-        return top.values, top.indices
-
-    def total_mass(self, logits: Tensor, peaks: Tensor) -> Tensor:
-        """Sum of exp(value - peak) over the vocabulary, float64 [S], in tiles of fixed size."""
-        weights = torch.exp(logits - peaks[:, None])
-        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SUM_TILE))
-        return padded.view(len(logits), -1, _SUM_TILE).sum(-1, dtype=torch.float64).sum(-1)
-
-
-TORCH_SELECTION = TorchSelection()
-
-
-def sample(logits: Tensor, batch: SamplingBatch, select: Selection = TORCH_SELECTION) -> Tensor:
+def sample(logits: Tensor, batch: SamplingBatch, selection: Selection = TORCH) -> Tensor:
     """See `Kernels.sample`."""
-    tokens = select.argmax(logits)
+    tokens = selection.argmax(logits)
     sampled = np.flatnonzero(batch.temperature > 0)
     if not len(sampled):
         return tokens
     rows = torch.from_numpy(sampled)
     temperature = torch.from_numpy(np.maximum(batch.temperature[sampled], np.float32(_MIN_TEMPERATURE)))
     values = (logits if len(sampled) == len(tokens) else logits[rows]) / temperature[:, None]
-    head_values, head_ids = select.top_values(values, min(_HEAD, values.shape[1]))
+    head_values, head_ids = selection.top_values(values, min(_HEAD, values.shape[1]))
     peak = head_values[:, 0]
-    value, last_id = _cuts(values, peak, batch.top_k[sampled], batch.top_p[sampled], select)
+    value, last_id = _cuts(values, peak, batch.top_k[sampled], batch.top_p[sampled], selection)
     with np.errstate(divide="ignore"):
         log_min_p = torch.from_numpy(np.log(batch.min_p[sampled]).astype(np.float32))
     seed = batch.seed[sampled]
@@ -151,7 +155,7 @@ def _cuts(
     peak: Tensor,
     top_k: npt.NDArray[np.int64],
     top_p: npt.NDArray[np.float64],
-    select: Selection,
+    selection: Selection,
 ) -> tuple[Tensor, Tensor]:
     """The cut (value, last id) that top-k and then top-p leave of each row."""
     vocab = values.shape[1]
@@ -164,12 +168,12 @@ def _cuts(
     mass = torch.zeros(peak.shape, dtype=torch.float64)
     unlimited = pending[limit[pending] == vocab]
     if len(unlimited):
-        mass[unlimited] = select.total_mass(values[unlimited], peak[unlimited])
+        mass[unlimited] = selection.total_mass(values[unlimited], peak[unlimited])
     for width in _WIDTHS:
         if not len(pending):
             break
         width = min(width, vocab)
-        top, _ = select.top_values(values[pending], width)
+        top = selection.top_values(values[pending], width)[0]
         keep, found = _count_kept(top, peak[pending], limit[pending], share[pending], mass[pending])
         # One value past the cut must be in view, to see whether it ties with the last one kept.
         found &= (keep < width) | (width == vocab)

@@ -15,8 +15,8 @@ struct PagedCache {
     int64_t kv_heads, blocks, block_size, head_dim;  // block_size: a power of two; head_dim: a multiple of 16
 };
 
-// Rows of the step, chunk after chunk. Chunk c holds positions starts[c] to starts[c] + lengths[c] - 1 of a sequence whose
-// block ids begin at tables[table_starts[c]].
+// Rows of the step, chunk after chunk. Chunk c holds positions starts[c] to starts[c] + lengths[c] - 1 of a sequence
+// whose block ids begin at tables[table_starts[c]].
 struct RaggedChunks {
     const int64_t* starts;
     const int64_t* lengths;
@@ -25,8 +25,8 @@ struct RaggedChunks {
     int64_t count;
 };
 
-// queries: rows of [q_heads, head_dim], `query_stride` floats apart; out: [rows, q_heads, head_dim]. A query at position p
-// reads positions max(0, p - window + 1) to p; window 0 is none.
+// queries: rows of [q_heads, head_dim], `query_stride` floats apart; out: [rows, q_heads, head_dim]. A query at
+// position p reads positions max(0, p - window + 1) to p; window 0 is none.
 void paged_attention(const float* queries, int64_t query_stride, int64_t q_heads, const PagedCache& cache,
                      const RaggedChunks& chunks, int64_t window, float* out);
 

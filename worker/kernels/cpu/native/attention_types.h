@@ -1,4 +1,5 @@
-// The types that keys and values are kept in: 16 of them to a vector of floats and back, and 16 rows turned into columns.
+// The types that keys and values are kept in: 16 of them to a vector of floats and back, and 16 rows turned into
+// columns.
 #pragma once
 
 #include "vec.h"
@@ -29,8 +30,8 @@ QWIRE_INLINE f32v widen_half(u16v x) {
 #if defined(__AVX512F__)
     return (f32v)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
 #else
-    // The exponent and mantissa moved into place are 2^112 too small, denormals included; infinities come out as 2^16 or
-    // more and get the greatest exponent.
+    // The exponent and mantissa moved into place are 2^112 too small, denormals included; infinities come out as 2^16
+    // or more and get the greatest exponent.
     const u32v bits = __builtin_convertvector(x, u32v);
     const f32v scaled = (f32v)((bits & 0x7fffu) << 13) * 0x1p112f;
     const u32v special = (u32v)(scaled >= 65536.0f) & 0x7f800000u;

@@ -47,7 +47,8 @@ T* at(Address address) {
 
 void paged_attention(Address queries, int64_t query_stride, int64_t q_heads, Address keys, Address values, int kv_type,
                      int64_t kv_heads, int64_t blocks, int64_t block_size, int64_t head_dim, Address starts,
-                     Address lengths, Address tables, Address table_starts, int64_t chunks, int64_t window, Address out) {
+                     Address lengths, Address tables, Address table_starts, int64_t chunks, int64_t window,
+                     Address out) {
     const py::gil_scoped_release unlocked;
     qwire::paged_attention(
         at<const float>(queries), query_stride, q_heads,

@@ -83,8 +83,8 @@ void norm_row(const float* x, const float* residual, const float* weight, float 
 }
 
 // head [dim] to out, normed where a weight is given and rotated: element i pairs with i + dim / 2.
-QWIRE_INLINE void turn(const float* head, const float* weight, float eps, const float* cos, const float* sin, float* out,
-                       int64_t dim) {
+QWIRE_INLINE void turn(const float* head, const float* weight, float eps, const float* cos, const float* sin,
+                       float* out, int64_t dim) {
     alignas(64) float normed[kMaxHeadDim];
     if (weight) {
         norm_row(head, nullptr, weight, eps, normed, nullptr, dim);
@@ -121,8 +121,8 @@ void rope_row(const Rotation& r, int64_t row) {
 
 }  // namespace
 
-void rms_norm(const float* x, const float* residual, const float* weight, float eps, float* out, float* sums, int64_t rows,
-              int64_t size) {
+void rms_norm(const float* x, const float* residual, const float* weight, float eps, float* out, float* sums,
+              int64_t rows, int64_t size) {
     for_rows(rows, size, [&](int64_t row) {
         const int64_t at = row * size;
         norm_row(x + at, residual ? residual + at : nullptr, weight, eps, out + at, sums + at, size);

@@ -9,14 +9,14 @@
 
 namespace qwire {
 
-// sums = x + residual (x itself where residual is null, and then sums isn't written); out = sums / rms(sums) * weight. All
-// [rows, size] but weight [size]; sums may be residual or x, out may be x.
-void rms_norm(const float* x, const float* residual, const float* weight, float eps, float* out, float* sums, int64_t rows,
-              int64_t size);
+// sums = x + residual (x itself where residual is null, and then sums isn't written); out = sums / rms(sums) * weight.
+// All [rows, size] but weight [size]; sums may be residual or x, out may be x.
+void rms_norm(const float* x, const float* residual, const float* weight, float eps, float* out, float* sums,
+              int64_t rows, int64_t size);
 
 // qkv: rows of [q_heads + 2 * kv_heads, head_dim]; cos, sin: [rows, head_dim / 2]; q_norm, k_norm: [head_dim] or null.
-// Queries go to out [rows, q_heads, head_dim]; keys and values of the first `tokens` rows to the slots (block * block size +
-// offset) of a cache [kv_heads, slots_a_head, head_dim].
+// Queries go to out [rows, q_heads, head_dim]; keys and values of the first `tokens` rows to the slots (block * block
+// size + offset) of a cache [kv_heads, slots_a_head, head_dim].
 struct Rotation {
     const float* qkv;
     const float* cos;

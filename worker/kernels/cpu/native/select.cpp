@@ -64,8 +64,8 @@ QWIRE_INLINE uint64_t rank(int32_t key, int64_t id) {
     return uint64_t(~(uint32_t(key) ^ 0x80000000u)) << 32 | uint64_t(id);
 }
 
-// A row's ids whose keys are at least `bound`, by rank; `peaks` are those of groups: lane l of vector g is the greatest of
-// lane l of `depth` vectors of logits.
+// A row's ids whose keys are at least `bound`, by rank; `peaks` are those of groups: lane l of vector g is the greatest
+// of lane l of `depth` vectors of logits.
 void collect(const float* logits, int64_t size, const std::vector<i32v>& peaks, int64_t depth, int32_t bound,
              std::vector<uint64_t>& ranks) {
     for (size_t group = 0; group < peaks.size(); ++group) {
