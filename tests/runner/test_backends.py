@@ -37,7 +37,6 @@ def test_bfloat16_against_the_reference(tmp_path: Path, demo_folder: Path) -> No
     config = json.loads((demo_folder / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.from_file(str(demo_folder / "tokenizer.json"))
-    torch.set_num_threads(2)
     oracle = TorchRunner(
         tmp_path, num_blocks=64, dtype="float32", kv_dtype="bfloat16", kernels=ReferenceKernels(), block_size=32
     )

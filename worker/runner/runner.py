@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeGuard
@@ -42,9 +43,9 @@ def kv_bytes_per_block(config: ModelConfig, kv_dtype: torch.dtype, block_size: i
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As torch.zeros, but pages that nothing has written yet take neither memory nor time, and large ones serve where
-    the system has them: numpy asks for that."""
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    """As torch.zeros, but pages that nothing has written yet take neither memory nor time. Small pages: every head's
+    blocks lie apart, and a large page for each would take the whole pool at the first step."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _multiplies(module: Module) -> TypeGuard[Matrix]:
