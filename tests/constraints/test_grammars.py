@@ -136,7 +136,7 @@ SCHEMA = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10_000), cut=st.integers(0, 40))
 def test_states_depend_on_ids_alone(seed: int, cut: int) -> None:
     """Walked with a mask each step, walked without any, replayed after a cut: the same masks; and what comes out is

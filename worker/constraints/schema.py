@@ -1,7 +1,8 @@
 """JSON schemas as the grammar library can follow them: keywords that it lacks become narrower ones that it has.
 
 Every document that a narrowed schema accepts, the given one accepts too. Nothing is narrowed where that would not hold:
-below `not`, and below `oneOf`, whose schemas exclude one another. What is left there the library refuses by name.
+below `not`, and below a `oneOf` whose schemas are told apart by more than their types. What is left there the
+library refuses by name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ _ONE = ("additionalProperties", "items", "additionalItems", "contains", "unevalu
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "prefixItems", "items")
 _ANNOTATIONS = frozenset({"type", "title", "description", "$comment"})
+
+
+_TYPES = frozenset({"object", "array", "string", "number", "boolean", "null"})
+_REFERENCES_FOLLOWED = 8
 
 
 class SchemaError(ValueError):
@@ -64,6 +69,13 @@ class _Narrowing:
         for name in _LISTS:
             if isinstance(found.get(name), list):
                 found[name] = [self.schema(value) for value in found[name]]
+        if (branches := self._told_apart_by_type(given)) is not None:
+            del found["oneOf"]
+            narrowed = [self.schema(branch) for branch in branches]
+            if "anyOf" in found:
+                found["allOf"] = [*found.get("allOf", ()), {"anyOf": narrowed}]
+            else:
+                found["anyOf"] = narrowed
         _narrow_arrays(found)
         _narrow_names(found)
         if isinstance(found.get("format"), str) and found["format"] not in KNOWN_FORMATS:
@@ -74,11 +86,42 @@ class _Narrowing:
             found["allOf"] = [*(all_of if isinstance(all_of, list) else ()), *more]
         return found
 
+    def _told_apart_by_type(self, schema: dict[str, Any]) -> list[Any] | None:
+        """The schemas of its `oneOf`, if no type is accepted by two of them: then at most one accepts a document."""
+        branches = schema.get("oneOf")
+        if not isinstance(branches, list) or not isinstance(schema.get("allOf", []), list):
+            return None
+        types = [self._types(branch, _REFERENCES_FOLLOWED) for branch in branches]
+        return branches if sum(map(len, types)) == len(frozenset().union(*types)) else None
+
+    def _types(self, schema: Any, references: int) -> frozenset[str]:
+        """Types of all documents that a schema accepts, and perhaps of others."""
+        if schema is False:
+            return frozenset()
+        if not isinstance(schema, dict):
+            return _TYPES
+        if isinstance(schema.get("$ref"), str):  # older drafts ignore what is beside it
+            target = self._resolve(schema["$ref"])
+            return self._types(target, references - 1) if references and target is not self._root else _TYPES
+        found = _TYPES
+        given = schema.get("type")
+        if isinstance(given, str | list):
+            named = [given] if isinstance(given, str) else given
+            found &= {"number" if name == "integer" else name for name in named if isinstance(name, str)}
+        for name in ("anyOf", "oneOf"):
+            if isinstance(schema.get(name), list):
+                found &= frozenset().union(*(self._types(branch, references) for branch in schema[name]))
+        if isinstance(schema.get("enum"), list):
+            found &= {_type(value) for value in schema["enum"]}
+        if "const" in schema:
+            found &= {_type(schema["const"])}
+        return found
+
     def _pin_below_exclusions(self, value: Any) -> None:
         """Finds what `not` and `oneOf` hold, wherever they are; a property of such a name is pinned needlessly."""
         if isinstance(value, dict):
             for name, below in value.items():
-                if name in ("not", "oneOf"):
+                if name == "not" or (name == "oneOf" and self._told_apart_by_type(value) is None):
                     self._pin(below)
                 self._pin_below_exclusions(below)
         elif isinstance(value, list):
@@ -108,6 +151,22 @@ class _Narrowing:
                 return self._root
             found = found[name]
         return found
+
+
+def _type(value: Any) -> str:
+    match value:
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case dict():
+            return "object"
+        case _:
+            return "null"
 
 
 def _narrow_arrays(found: dict[str, Any]) -> None:
