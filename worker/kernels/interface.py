@@ -1,6 +1,6 @@
 """What a backend computes, in which layout. Letters in shapes:
 
-    T  rows of the step: its tokens, padded with dummy rows to a multiple of `ROW_TILE`
+    T  rows of the step: its tokens, padded with dummy rows to a multiple of `Kernels.row_tile`
     S  rows to draw from        V  vocabulary       H  hidden size      D  head size
     Q  query heads              K  key/value heads; Q is a multiple of K, query head q reads key/value head q // (Q / K)
 
@@ -18,10 +18,6 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-
-ROW_TILE = 32
-"""Callers pad T to a multiple of this: a matrix product over a fixed number of rows has bits that do not depend on
-the batch, and a product over one row would not be bit-equal to the same row among 32."""
 
 PreparedLinear: TypeAlias = Any
 """A weight in the backend's own layout, from `Kernels.prepare_linear`; opaque to callers."""
@@ -97,6 +93,11 @@ class LogitEdits:
 
 class Kernels(Protocol):
     """One backend. Weights and activations have the model's dtype unless a shape says otherwise."""
+
+    @property
+    def row_tile(self) -> int:
+        """Callers pad T to a multiple of this; 1 for a backend whose products take any number of rows."""
+        ...
 
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
         """Takes over `weight` [out, in] and `bias` [out] in whatever layout `linear` reads fastest."""

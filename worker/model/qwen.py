@@ -128,5 +128,6 @@ class CausalLM(nn.Module):
         return hidden
 
     def compute_logits(self, hidden: Tensor, count: int) -> Tensor | None:
-        """Hidden states [R, H], R a multiple of 32, to the first `count` rows' float32 logits [count, V], on rank 0."""
+        """Hidden states [R, H], R a multiple of the kernels' row tile, to the first `count` rows' float32 logits
+        [count, V], on rank 0."""
         return self.lm_head.logits(hidden, count)

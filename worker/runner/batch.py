@@ -9,12 +9,11 @@ import numpy.typing as npt
 
 from worker.engine.plan import StepPlan
 from worker.kernels import RaggedBatch
-from worker.kernels.interface import ROW_TILE
 
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """A step, row by row: its tokens in the order of the plan, then dummy rows up to a multiple of `ROW_TILE`."""
+    """A step, row by row: its tokens in the order of the plan, then dummy rows up to a multiple of the row tile."""
 
     ids: npt.NDArray[np.int64]
     """[rows]; dummies are id 0."""
@@ -27,12 +26,14 @@ class StepArrays:
     ragged: RaggedBatch
 
 
-def padded(count: int) -> int:
-    """The next multiple of `ROW_TILE`."""
-    return -(-count // ROW_TILE) * ROW_TILE
+def padded(count: int, row_tile: int) -> int:
+    """The next multiple of `row_tile`, the kernels'."""
+    return -(-count // row_tile) * row_tile
 
 
-def build_step(plan: StepPlan, num_blocks: int, block_size: int, max_positions: int, vocab_size: int) -> StepArrays:
+def build_step(
+    plan: StepPlan, *, num_blocks: int, block_size: int, max_positions: int, vocab_size: int, row_tile: int
+) -> StepArrays:
     """Raises ValueError for a plan that would read or write outside its blocks: an engine's bug."""
     chunks = plan.chunks
     lengths = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int64, len(chunks))
@@ -46,8 +47,9 @@ def build_step(plan: StepPlan, num_blocks: int, block_size: int, max_positions: 
         raise ValueError(f"a chunk ends beyond its block table or the model's {max_positions} positions")
     total = int(lengths.sum())
     last_rows = np.cumsum(lengths) - 1
-    ids = np.zeros(padded(total), np.int64)
-    positions = np.zeros(padded(total), np.int64)
+    rows = padded(total, row_tile)
+    ids = np.zeros(rows, np.int64)
+    positions = np.zeros(rows, np.int64)
     ids[:total] = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"a token id lies outside the vocabulary of {vocab_size}")

@@ -114,7 +114,14 @@ class TorchRunner:
         return torch.empty(0, self.config.vocab_size) if logits is None else logits
 
     def _build(self, plan: StepPlan) -> StepArrays:
-        return build_step(plan, self._num_blocks, self._block_size, self._max_positions, self.config.vocab_size)
+        return build_step(
+            plan,
+            num_blocks=self._num_blocks,
+            block_size=self._block_size,
+            max_positions=self._max_positions,
+            vocab_size=self.config.vocab_size,
+            row_tile=self._kernels.row_tile,
+        )
 
     def _hidden(self, step: StepArrays) -> Tensor:
         positions = torch.from_numpy(step.positions)
@@ -129,6 +136,5 @@ class TorchRunner:
 
     def _logits(self, rows: Tensor) -> Tensor | None:
         count = rows.shape[0]
-        full = rows.new_zeros(padded(count), rows.shape[1])
-        full[:count] = rows
+        full = torch.constant_pad_nd(rows, (0, 0, 0, padded(count, self._kernels.row_tile) - count))
         return self._model.compute_logits(full, count)

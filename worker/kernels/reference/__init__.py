@@ -16,6 +16,8 @@ __all__ = ["ReferenceKernels"]
 class ReferenceKernels:
     """Implements `worker.kernels.Kernels`; stateless."""
 
+    row_tile = dense.ROW_TILE
+
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> PreparedLinear:
         return dense.prepare_linear(weight, bias)
 
