@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.kernels import pack
 from worker.kernels import KVCache, ReferenceKernels
+from worker.kernels.reference import dense
 
 KERNELS = ReferenceKernels()
 ULP = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -16,10 +17,10 @@ DTYPES = st.sampled_from(list(ULP))
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 200), st.integers(1, 200), st.booleans(), DTYPES, st.integers(0, 9))
+@given(st.integers(1, 9), st.integers(1, 200), st.integers(1, 200), st.booleans(), DTYPES, st.integers(0, 9))
 def test_linear(tiles: int, inner: int, outer: int, has_bias: bool, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(32 * tiles, inner, generator=generator).to(dtype)
+    x = torch.randn(8 * tiles, inner, generator=generator).to(dtype)
     weight = torch.randn(outer, inner, generator=generator).to(dtype)
     bias = torch.randn(outer, generator=generator).to(dtype) if has_bias else None
     prepared = pack(KERNELS, weight, bias)
@@ -33,9 +34,69 @@ def test_linear(tiles: int, inner: int, outer: int, has_bias: bool, dtype: torch
     assert torch.equal(KERNELS.linear(moved, prepared)[77], got[3])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", list(ULP))
+@pytest.mark.parametrize(("inner", "outer"), [(1536, 192), (192, 640), (560, 100)])
+def test_numbers_of_rows_do_not_matter(inner: int, outer: int, dtype: torch.dtype, threads: int) -> None:
+    """Whatever this processor's kernels do: sizes that would give other bits are not used."""
+    torch.set_num_threads(threads)
+    x = torch.randn(1024, inner).to(dtype)
+    prepared = pack(KERNELS, torch.randn(outer, inner).to(dtype), torch.randn(outer).to(dtype))
+    wanted = torch.cat([KERNELS.linear(part, prepared) for part in torch.split(x, 32)])
+    for start, rows in (
+        (0, 8),
+        (40, 8),
+        (8, 16),
+        (0, 24),
+        (56, 40),
+        (8, 64),
+        (0, 120),
+        (16, 136),
+        (8, 512),
+        (24, 1000),
+    ):
+        assert torch.equal(KERNELS.linear(x[start : start + rows], prepared), wanted[start : start + rows])
+
+
+@pytest.mark.parametrize("dtype", list(ULP))
+def test_sizes_with_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    product, sizes = dense._product, []
+
+    def flawed(x: torch.Tensor, prepared: dense.ReferenceLinear) -> torch.Tensor:
+        """Adds in another order at 8 and 128 rows."""
+        sizes.append(len(x))
+        if len(x) not in (8, 128):
+            return product(x, prepared)
+        half = x.shape[1] // 2
+        parts = (
+            torch.cat((x[:, :half], torch.zeros_like(x[:, half:])), 1),
+            torch.nn.functional.pad(x[:, half:], (half, 0)),
+        )
+        return (product(parts[0], prepared).float() + product(parts[1], prepared).float()).to(x.dtype)
+
+    prepared = pack(KERNELS, torch.randn(192, 384).to(dtype))
+    x = torch.randn(136, 384).to(dtype)
+    wanted = torch.cat([KERNELS.linear(part, prepared) for part in torch.split(x, 8)])
+    monkeypatch.setattr(dense, "_product", flawed)
+    monkeypatch.setattr(dense, "_tested", {})
+    assert [dense.same_bits(prepared, rows) for rows in (8, 16, 32, 64, 128)] == [False, True, True, True, False]
+    sizes.clear()
+    assert torch.equal(KERNELS.linear(x, prepared), wanted)
+    assert sizes == [64, 64, 32], "the last 8 rows take a padded product"
+
+
+def test_a_weight_that_shows_no_order_speaks_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_tested", {})
+    zeros = pack(KERNELS, torch.zeros(64, 64), torch.randn(64))
+    assert dense.same_bits(zeros, 8)
+    assert not dense._tested
+    dense.same_bits(pack(KERNELS, torch.randn(64, 64), torch.randn(64)), 8)
+    assert dense._tested
+
+
 def test_linear_refuses_unpadded_rows() -> None:
     prepared = pack(KERNELS, torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(ValueError, match="multiple of 8"):
         KERNELS.linear(torch.zeros(1, 4), prepared)
 
 

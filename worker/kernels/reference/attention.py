@@ -1,17 +1,20 @@
 """Paged attention whose bits do not depend on the batch.
 
-Invariant: a query's result is a fixed sequence of operations on operands of fixed shape, chosen by absolute positions
-alone. Keys come in tiles of 256 positions, merged in order with a running maximum and sum (Milakov and Gimelshein,
-"Online normalizer calculation for softmax", 2018). Queries come in tiles of 4 positions (p // 4), padded with zeros, so
-that each product is [4G, D] x [D, 256] and [4G, 256] x [256, D] for a GQA group of G heads, whether the query was
-decoded alone or was part of a prompt. A tile with no position that a query may read leaves its state untouched, bit for
-bit, so it does not matter whether it is visited.
+Invariant: a query's result is a fixed sequence of operations, chosen by absolute positions alone. Keys come in tiles of
+256 positions, each with a softmax of its own; tiles are merged in order by their peaks and sums (Milakov and
+Gimelshein, "Online normalizer calculation for softmax", 2018). A tile with no position that a query may read leaves its
+result untouched, bit for bit, so it does not matter whether it is visited.
+
+Products are [rows, D] x [D, 256] and [rows, 256] x [256, D], their rows being queries of the heads that share keys. How
+many rows a product has must not show in any row's bits: `same_bits` tests what is used. MKL's products have the same
+bits from 4 rows a thread upwards, not below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +24,14 @@ from torch import Tensor
 from worker.kernels.interface import KVCache, RaggedBatch
 
 KV_TILE = 256
-QUERY_TILE = 4
+QUERY_TILE = 64
+"""A chunk's queries are padded with zeros to tiles of this many positions, aligned to p // 64."""
+PREFILL_QUERIES = (QUERY_TILE, 16, 4)
+"""How many positions one product of a prefill may hold: the first that keeps all bits does. The last one defines them
+and is always allowed."""
 
-# Finite, so that a row that has seen no key yet stays free of inf - inf; below any score that a float32 model produces.
+# Added to scores that a query may not see: far below any that a float32 model produces, so that their weights are 0.
+# Finite, so that where a query sees nothing of a tile its result there is finite, and weighs 0 against any other tile.
 _NO_SCORE = -3.0e38
 
 
@@ -36,11 +44,14 @@ class _Tile:
     count: int
     """Sequences (in decode, the longest ones) or query tiles (of a chunk) that reach it."""
     gather: Tensor
-    """Rows of the cache seen as [K * blocks, block size * D], int64: sequence by sequence, head by head."""
+    """Rows of the cache seen as [K * blocks, block size * D], int64: sequence by sequence, head by head. Where a
+    sequence has no more blocks its first one stands in."""
     hidden: dict[int | None, Tensor | None]
-    """Per window: True where a query may not read, None if it may read all; no entry if no query reads anything."""
-    past_end: Tensor | None
-    """True at positions not yet written: what lies there belongs to others and may even be NaN."""
+    """Per window, to be added to scores: `_NO_SCORE` where a query may not read. None if it may read all; no entry if
+    no query reads anything."""
+    unwritten: Tensor | None
+    """Rows of what is gathered, seen as [sequences * K * 256, D], that their sequence has not written, int64: what lies
+    there belongs to others and may even be NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +59,6 @@ class _Decode:
     """All chunks of one token, longest first, so that the sequences that reach a KV tile are a prefix."""
 
     rows: Tensor
-    offsets: Tensor
-    """Position % QUERY_TILE."""
     tiles: tuple[_Tile, ...]
 
 
@@ -88,10 +97,21 @@ def plan_attention(batch: RaggedBatch, kv_heads: int, windows: Sequence[int | No
 
 def _padded_table(batch: RaggedBatch, sequence: int, tiles: int) -> npt.NDArray[np.int64]:
     per_tile = KV_TILE // batch.block_size
-    table = np.zeros(tiles * per_tile, np.int64)
-    known = batch.block_tables[sequence][: len(table)]
+    end = int(batch.starts[sequence] + batch.lengths[sequence])
+    known = batch.block_tables[sequence][: -(-end // batch.block_size)]
+    table = np.full(tiles * per_tile, known[0], np.int64)
     table[: len(known)] = known
     return table.reshape(tiles, per_tile)
+
+
+def _unwritten(
+    ends: npt.NDArray[np.int64], keys: npt.NDArray[np.int64], block_size: int, kv_heads: int
+) -> Tensor | None:
+    """`_Tile.unwritten` for sequences that have written the positions below `ends`; `keys` are the tile's."""
+    has_block = keys < -(-ends[:, None] // block_size) * block_size
+    source = np.where(has_block, keys, keys % block_size)
+    rows = np.flatnonzero(np.repeat(source >= ends[:, None], kv_heads, axis=0))
+    return torch.from_numpy(rows) if len(rows) else None
 
 
 def _hidden(
@@ -101,6 +121,10 @@ def _hidden(
     distance = queries[:, None] - keys[None, :]
     masks = {window: (distance < 0) | (distance >= (window or np.inf)) for window in windows}
     return {window: mask for window, mask in masks.items() if not mask.all()}
+
+
+def _penalty(mask: npt.NDArray[np.bool_]) -> Tensor:
+    return torch.from_numpy(np.where(mask, np.float32(_NO_SCORE), np.float32(0.0)))
 
 
 def _plan_decode(
@@ -119,20 +143,19 @@ def _plan_decode(
     for index in range(total):
         keys = np.arange(index * KV_TILE, (index + 1) * KV_TILE)
         count = int(np.count_nonzero(positions >= keys[0]))
-        past_end = keys[None, :] > positions[:count, None]
         tiles.append(
             _Tile(
                 first=0,
                 count=count,
                 gather=torch.from_numpy((heads + tables[:count, index, None, :]).reshape(-1)),
                 hidden={
-                    window: torch.from_numpy(mask[:, None, None, :]) if mask.any() else None
+                    window: _penalty(mask[:, None, None, :]) if mask.any() else None
                     for window, mask in _hidden(positions[:count], keys, windows).items()
                 },
-                past_end=torch.from_numpy(past_end[:, None, :, None]) if past_end.any() else None,
+                unwritten=_unwritten(positions[:count] + 1, keys, batch.block_size, kv_heads),
             )
         )
-    return _Decode(torch.from_numpy(rows[order]), torch.from_numpy(positions % QUERY_TILE), tuple(tiles))
+    return _Decode(torch.from_numpy(rows[order]), tuple(tiles))
 
 
 def _plan_chunk(batch: RaggedBatch, index: int, row: int, kv_heads: int, windows: Sequence[int | None]) -> _Chunk:
@@ -150,14 +173,13 @@ def _plan_chunk(batch: RaggedBatch, index: int, row: int, kv_heads: int, windows
         hidden: dict[int | None, Tensor | None] = {}
         for window, mask in _hidden(queries[first * QUERY_TILE :], keys, windows).items():
             # Most query tiles of a long chunk read the whole KV tile: the mask ends at the last one that does not.
-            partial = np.flatnonzero(mask.any(axis=1))
-            reach = int(partial[-1]) // QUERY_TILE + 1 if len(partial) else 0
+            masked = np.flatnonzero(mask.any(axis=1))
+            reach = int(masked[-1]) // QUERY_TILE + 1 if len(masked) else 0
             shape = (reach, QUERY_TILE, 1, KV_TILE)
-            hidden[window] = torch.from_numpy(mask[: reach * QUERY_TILE].reshape(shape)) if reach else None
-        past_end = torch.from_numpy(keys >= end)[:, None] if keys[-1] >= end else None
-        tiles.append(
-            _Tile(first, query_tiles - first, torch.from_numpy((heads + blocks).reshape(-1)), hidden, past_end)
-        )
+            hidden[window] = _penalty(mask[: reach * QUERY_TILE].reshape(shape)) if reach else None
+        gather = torch.from_numpy((heads + blocks).reshape(-1))
+        unwritten = _unwritten(np.array([end]), keys, batch.block_size, kv_heads)
+        tiles.append(_Tile(first, query_tiles - first, gather, hidden, unwritten))
     return _Chunk(row, length, start - base, query_tiles, tuple(tiles))
 
 
@@ -174,102 +196,169 @@ def paged_attention(queries: Tensor, cache: KVCache, plan: ReferencePlan, window
     return out.view(rows, q_heads * head_dim)
 
 
+_tested: dict[tuple[int, int, int, int, int], bool] = {}
+
+
+def same_bits(rows: int, items: int, group: int, head_dim: int) -> bool:
+    """Whether `items` products of `rows` rows in one call give every row the bits that it has among many products of
+    the last of `PREFILL_QUERIES`.
+
+    Tested the first time that the shape and number of threads come up; nothing else can make a library choose another
+    order of additions. Where there are fewer products than threads it may cut single ones, so their number counts.
+    """
+    threads = torch.get_num_threads()
+    key = (rows, min(items, 2 * threads), group, head_dim, threads)
+    if key not in _tested:
+        _tested[key] = _test(*key)
+    return _tested[key]
+
+
+def _test(rows: int, items: int, group: int, head_dim: int, threads: int) -> bool:
+    """Keys and values are laid out as in `_prefill`, where products share them, and as in `_decode`."""
+    generator = torch.Generator().manual_seed(rows)
+    canonical, many = PREFILL_QUERIES[-1] * group, 2 * threads
+    keys, values = (torch.randn(many, KV_TILE, head_dim, generator=generator) for _ in range(2))
+    for inner, own in ((head_dim, keys.transpose(1, 2)), (KV_TILE, values)):
+        left = torch.randn(many, rows, inner, generator=generator)
+        padded = torch.constant_pad_nd(left, (0, 0, 0, -rows % canonical))
+        for right in (own, own[:1].expand(own.shape)):
+            wanted = torch.cat([torch.bmm(part, right) for part in torch.split(padded, canonical, dim=1)], dim=1)
+            if not torch.equal(torch.bmm(left[:items], right[:items]), wanted[:items, :rows]):
+                return False
+    return True
+
+
+def _products(left: Tensor, right: Tensor, group: int, head_dim: int) -> Tensor:
+    """[K, n * G, inner] @ [K, inner, outer], n a multiple of `QUERY_TILE`, in as few products as keep all bits."""
+    kv_heads, total, inner = left.shape
+    outer = right.shape[2]
+    heights = [queries * group for queries in PREFILL_QUERIES]
+    rows = next((rows for rows in heights if same_bits(rows, total // rows, group, head_dim)), heights[-1])
+    items = total // rows
+    out = torch.empty(kv_heads, items, rows, outer)
+    for head in range(kv_heads):
+        # A head's keys or values are shared by its products through a stride of 0.
+        torch.bmm(left[head].view(items, rows, inner), right[head].expand(items, inner, outer), out=out[head])
+    return out.view(kv_heads, total, outer)
+
+
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Running softmax of queries [..., 4G, D], updated in place."""
+    """Attention of queries [..., rows, D] over some tiles, updated in place."""
 
     peak: Tensor
-    """The largest score so far, [..., 4G, 1]."""
+    """The largest score, [..., rows, 1]."""
     total: Tensor
-    """The sum of weights relative to `peak`, [..., 4G, 1]."""
+    """The sum of exp(score - peak), [..., rows, 1]."""
     mixed: Tensor
-    """The weighted sum of values, [..., 4G, D]."""
+    """The values' mean by softmax, [..., rows, D]."""
 
     @classmethod
-    def start(cls, queries: Tensor) -> _State:
-        peak = queries.new_full((*queries.shape[:-1], 1), _NO_SCORE)
-        return cls(peak, torch.zeros_like(peak), torch.zeros_like(queries))
+    def of(cls, scores: Tensor, mix: Callable[[Tensor], Tensor]) -> _State:
+        """Over one tile: scores [..., rows, 256]; `mix` takes weights to weighted sums of values."""
+        weights = torch.softmax(scores, -1)
+        # The largest weight is that of the peak itself, 1 / total.
+        return cls(scores.amax(-1, keepdim=True), weights.amax(-1, keepdim=True).reciprocal_(), mix(weights))
 
     def part(self, *index: slice) -> _State:
         """A view of some queries' state."""
         return _State(self.peak[index], self.total[index], self.mixed[index])
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        """Takes in scores [..., 4G, 256] (overwritten) and returns their weights, for the caller to add to `mixed`."""
-        peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
-        weights = scores.sub_(peak).exp_()
-        fade = (self.peak - peak).exp_()
-        self.total.mul_(fade).add_(weights.sum(-1, keepdim=True))
-        self.mixed.mul_(fade)
+    def merge(self, later: _State) -> None:
+        """Takes in a later tile. Where either has seen nothing (`_NO_SCORE`) its share is exactly 0, the other's 1."""
+        peak = torch.maximum(self.peak, later.peak)
+        own, other = self.total * (self.peak - peak).exp_(), later.total * (later.peak - peak).exp_()
+        total = own + other
+        self.mixed.mul_(own / total).add_(later.mixed * (other / total))
         self.peak.copy_(peak)
-        return weights
-
-    def result(self) -> Tensor:
-        return self.mixed / self.total
+        self.total.copy_(total)
 
 
-def _gather(pool: Tensor, tile: _Tile, past_end: Tensor | None = None) -> Tensor:
-    """A tile's keys or values in float32, [sequences * K, 256, D]."""
+def _over_tiles(
+    tiles: Sequence[_Tile],
+    scores_of: Callable[[_Tile], Tensor],
+    mix: Callable[[_Tile, Tensor], Tensor],
+    reach: Callable[[_Tile], tuple[slice, ...]],
+) -> Tensor:
+    """Attention over the tiles that any query reads. All queries reach the first of them, since each reads its own
+    position; `reach` names those that reach another."""
+    first, *later = tiles
+    if not later:
+        # What merging with tiles that a query does not read would leave as it is.
+        mixed = mix(first, torch.softmax(scores_of(first), -1))
+    else:
+        state = _State.of(scores_of(first), partial(mix, first))
+        for tile in later:
+            state.part(*reach(tile)).merge(_State.of(scores_of(tile), partial(mix, tile)))
+        mixed = state.mixed
+    return mixed.add_(0.0)  # a zero comes out positive, whether it was merged or not
+
+
+def _gather(pool: Tensor, tile: _Tile) -> Tensor:
+    """A tile's keys or values in float32, [sequences * K, 256, D]; zeros where nothing is written, since neither a
+    penalty nor a weight of 0 silences a not-a-number."""
     kv_heads, num_blocks, block_size, head_dim = pool.shape
     blocks = pool.view(kv_heads * num_blocks, block_size * head_dim).index_select(0, tile.gather)
-    gathered = blocks.view(-1, kv_heads, KV_TILE, head_dim).to(torch.float32)
-    if past_end is not None:
-        gathered.masked_fill_(past_end, 0.0)
-    return gathered.view(-1, KV_TILE, head_dim)
+    rows = blocks.view(-1, head_dim).to(torch.float32)
+    if tile.unwritten is not None:
+        rows.index_fill_(0, tile.unwritten, 0.0)
+    return rows.view(-1, KV_TILE, head_dim)
 
 
 def _decode(grouped: Tensor, cache: KVCache, plan: _Decode, window: int | None, out: Tensor) -> None:
-    """One query per sequence, all sequences at once."""
+    """One query per sequence, all sequences at once. A group's heads are repeated to fill their product's rows."""
     _, kv_heads, group, head_dim = grouped.shape
     batch = plan.rows.shape[0]
-    sequences = torch.arange(batch)
-    tiled = torch.zeros(batch, kv_heads, QUERY_TILE, group, head_dim)
-    tiled[sequences, :, plan.offsets] = grouped[plan.rows].to(torch.float32) * head_dim**-0.5
-    queries = tiled.view(batch * kv_heads, QUERY_TILE * group, head_dim)
-    state = _State.start(queries.view(batch, kv_heads, QUERY_TILE * group, head_dim))
-    for tile in plan.tiles:
-        if window not in tile.hidden:
-            continue
-        items = tile.count * kv_heads
-        scores = torch.bmm(queries[:items], _gather(cache.keys, tile).transpose(1, 2))
-        scores = scores.view(tile.count, kv_heads, QUERY_TILE * group, KV_TILE)
+    tiles = [tile for tile in plan.tiles if window in tile.hidden]
+    counts = {tile.count * kv_heads for tile in tiles}
+    least = -(-group // 4) * 4
+    allowed = (least, 2 * least, 4 * least)
+    width = next((n for n in allowed if all(same_bits(n, items, group, head_dim) for items in counts)), allowed[-1])
+    scaled = grouped.index_select(0, plan.rows).to(torch.float32) * head_dim**-0.5
+    queries = scaled.view(batch * kv_heads, group, head_dim).index_select(1, torch.arange(width) % group)
+
+    def scores_of(tile: _Tile) -> Tensor:
+        scores = torch.bmm(queries[: tile.count * kv_heads], _gather(cache.keys, tile).transpose(1, 2))
         hidden = tile.hidden[window]
         if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
-        reached = state.part(slice(0, tile.count))
-        weights = reached.weigh(scores).view(items, QUERY_TILE * group, KV_TILE)
-        mixed = torch.bmm(weights, _gather(cache.values, tile, tile.past_end))
-        reached.mixed.add_(mixed.view(reached.mixed.shape))
-    result = state.result().view(batch, kv_heads, QUERY_TILE, group, head_dim)
-    out[plan.rows] = result[sequences, :, plan.offsets].to(out.dtype)
+            scores.view(tile.count, kv_heads, width, KV_TILE).add_(hidden)
+        return scores
+
+    def mix(tile: _Tile, weights: Tensor) -> Tensor:
+        return torch.bmm(weights, _gather(cache.values, tile))
+
+    def reach(tile: _Tile) -> tuple[slice, ...]:
+        return (slice(0, tile.count * kv_heads),)
+
+    result = _over_tiles(tiles, scores_of, mix, reach)[:, :group]
+    out.index_copy_(0, plan.rows, result.view(batch, kv_heads, group, head_dim).to(out.dtype))
 
 
 def _prefill(grouped: Tensor, cache: KVCache, chunk: _Chunk, window: int | None, out: Tensor) -> None:
-    """Many queries of one sequence: each head's keys are shared by its query tiles through a stride of 0."""
+    """Many queries of one sequence."""
     _, kv_heads, group, head_dim = grouped.shape
     rows = slice(chunk.row, chunk.row + chunk.length)
     width = QUERY_TILE * group
     tiled = torch.zeros(kv_heads, chunk.query_tiles * QUERY_TILE, group, head_dim)
     inner = slice(chunk.lead, chunk.lead + chunk.length)
     tiled[:, inner] = grouped[rows].to(torch.float32).transpose(0, 1) * head_dim**-0.5
-    queries = tiled.view(kv_heads, chunk.query_tiles, width, head_dim)
-    state = _State.start(queries)
-    for tile in chunk.tiles:
-        if window not in tile.hidden:
-            continue
-        keys, values = _gather(cache.keys, tile), _gather(cache.values, tile, tile.past_end)
-        scores = torch.empty(kv_heads, tile.count, width, KV_TILE)
-        for head in range(kv_heads):
-            shared = keys[head].t().expand(tile.count, head_dim, KV_TILE)
-            torch.bmm(queries[head, tile.first :], shared, out=scores[head])
+    queries = tiled.view(kv_heads, chunk.query_tiles * width, head_dim)
+
+    def scores_of(tile: _Tile) -> Tensor:
+        scores = _products(queries[:, tile.first * width :], _gather(cache.keys, tile).transpose(1, 2), group, head_dim)
         hidden = tile.hidden[window]
         if hidden is not None:
             reach = hidden.shape[0]
-            masked = scores[:, :reach].view(kv_heads, reach, QUERY_TILE, group, KV_TILE)
-            masked.masked_fill_(hidden, -torch.inf)
-        reached = state.part(slice(None), slice(tile.first, None))
-        weights = reached.weigh(scores)
-        for head in range(kv_heads):
-            reached.mixed[head].add_(torch.bmm(weights[head], values[head].expand(tile.count, KV_TILE, head_dim)))
-    result = state.result().view(kv_heads, chunk.query_tiles * QUERY_TILE, group, head_dim)
+            masked = scores[:, : reach * width].view(kv_heads, reach, QUERY_TILE, group, KV_TILE)
+            masked.add_(hidden)
+        return scores
+
+    def mix(tile: _Tile, weights: Tensor) -> Tensor:
+        return _products(weights, _gather(cache.values, tile), group, head_dim)
+
+    def reach(tile: _Tile) -> tuple[slice, ...]:
+        return slice(None), slice(tile.first * width, None)
+
+    tiles = [tile for tile in chunk.tiles if window in tile.hidden]
+    result = _over_tiles(tiles, scores_of, mix, reach).view(kv_heads, -1, group, head_dim)
     out[rows] = result[:, inner].transpose(0, 1).to(out.dtype)
