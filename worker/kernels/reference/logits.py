@@ -23,6 +23,8 @@ def edit_logits(logits: Tensor, edits: LogitEdits) -> None:
         only = torch.full_like(logits[row], -torch.inf)
         only[kept] = logits[row, kept]
         logits[row] = only
+    for row, mask in edits.masks.items():
+        logits[row].masked_fill_(torch.from_numpy(~mask), -torch.inf)
     if len(edits.banned.rows):
         logits[torch.from_numpy(edits.banned.rows), torch.from_numpy(edits.banned.ids)] = -torch.inf
 
