@@ -48,7 +48,7 @@ def small(tiny_model: Path) -> Iterator[RunningStack]:
 
 def test_a_full_worker_refuses_at_once_and_those_it_has_go_on(small: RunningStack) -> None:
     with small.client() as client, grpc.insecure_channel(small.address) as channel:
-        running = client.generate(token_ids=[1, 2, 3], max_tokens=400, ignore_eos=True, temperature=0)
+        running = client.generate(token_ids=[1, 2, 3], max_tokens=3000, ignore_eos=True, temperature=0)
         next(running)
         waiting = client.generate(token_ids=[4, 5, 6], max_tokens=5, ignore_eos=True, temperature=0)
         waiting.start()
@@ -68,7 +68,7 @@ def test_a_full_worker_refuses_at_once_and_those_it_has_go_on(small: RunningStac
         seconds.sort()
         print(f"refused in {1000 * seconds[10]:.1f} ms (median), {1000 * seconds[-1]:.1f} ms (longest)")
         assert seconds[10] < 0.2  # 10 ms are what it may take on a machine with nothing else to do
-        assert len(running.read().token_ids) == 400
+        assert len(running.read().token_ids) == 3000
         assert len(waiting.read().token_ids) == 5
         assert len(client.generate(token_ids=[7], max_tokens=3, ignore_eos=True).read().token_ids) == 3
 
