@@ -58,7 +58,7 @@ def test_stopped_mid_stream_is_noticed_and_what_it_says_later_is_dropped(
 def test_killed_while_requests_are_queued(pair: RunningStack, references: References) -> None:
     # 16 streams on two workers that run six each.
     requests = [
-        {"token_ids": [number, 1], "temperature": 0, "max_tokens": 100, "ignore_eos": True} for number in range(16)
+        {"token_ids": [number, 1], "temperature": 0, "max_tokens": 600, "ignore_eos": True} for number in range(16)
     ]
     with load(pair.address, requests) as running:
         running.wait_until(lambda: sum(worker.load.waiting for worker in workers(pair)) >= 4)
