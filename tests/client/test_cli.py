@@ -213,6 +213,8 @@ def start(server: FakeServer, *args: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "qwire", command, "--address", server.address, *rest],
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Whoever runs the tests in the background has it ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
