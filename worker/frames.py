@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 from google.protobuf.duration_pb2 import Duration
 
+from qwire.ordering import MAX_PRIORITY, MIN_PRIORITY
 from qwire.prefix import HASH_BYTES
 from qwire.v1 import generation_pb2
 from qwire.v1 import worker_pb2 as pb
@@ -16,6 +17,7 @@ from worker.engine.plan import NO_TOKEN, SamplingParams
 from worker.engine.sequence import EndReason, Request
 
 MAX_CHOICES = 64
+MAX_TENANT_BYTES = 32
 
 END_REASONS = {
     EndReason.EOS: pb.END_REASON_EOS,
@@ -37,6 +39,8 @@ def valid(submit: pb.Submit, vocab_size: int) -> bool:
         and len(submit.choices) <= MAX_CHOICES
         and all(len(ids) < params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
         and params.max_tokens >= 1
+        and MIN_PRIORITY <= submit.priority <= MAX_PRIORITY
+        and len(submit.tenant) <= MAX_TENANT_BYTES
         and (submit.bypass_prefix_cache or len(submit.prefix_root) == HASH_BYTES)
         and 0 <= params.temperature < math.inf
         and 0 < params.top_p <= 1
@@ -68,6 +72,8 @@ def engine_request(submit: pb.Submit, key: Hashable) -> Request:
         waited=submit.waited_ms / 1000,
         moved=submit.moved,
         suspect=submit.suspect,
+        tenant=submit.tenant,
+        priority=submit.priority,
     )
 
 

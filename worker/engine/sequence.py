@@ -61,6 +61,9 @@ class Request:
     """An engine had it before: it is taken where others find the queue full."""
     suspect: bool = False
     """An engine may have failed because of it."""
+    tenant: bytes = b""
+    priority: int = 0
+    """See qwire.ordering."""
 
     @property
     def first_choice(self) -> int:
