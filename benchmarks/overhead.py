@@ -85,7 +85,7 @@ def main(batch: int, steps: int, temperature: float, profile: bool) -> None:
         fault=lambda keys: None,
     )
     root = prefix.root(b"bench", "", runner.block_size, "", b"")
-    sampling = SamplingParams(temperature=temperature, top_k=20 if temperature else 0, top_p=0.95 if temperature else 1.0)
+    sampling = SamplingParams(temperature=temperature, top_k=20, top_p=0.95) if temperature else SamplingParams()
     for number, ids in enumerate(random_ids(batch, PROMPT, VOCAB)):
         engine.submit(Request(number, ids, sampling=sampling, max_tokens=steps + 1, prefix_root=root))
     outside: list[float] = []
@@ -98,17 +98,17 @@ def main(batch: int, steps: int, temperature: float, profile: bool) -> None:
             profiler.enable()
         start = time.perf_counter()
         report = engine.step()
-        seconds = time.perf_counter() - start
+        took = time.perf_counter() - start
         profiler.disable()
         if report is None:
             break
         if decodes and len(report.sequences) == batch:
             inside.append(timed.seconds)
-            outside.append(seconds - timed.seconds)
-    print(
-        f"batch {batch}, {len(outside)} steps: {statistics.median(outside) * 1e3:.2f} ms a step outside kernels "
-        f"(90th percentile {statistics.quantiles(outside, n=10)[-1] * 1e3:.2f}), {statistics.median(inside) * 1e3:.2f} within"
-    )
+            outside.append(took - timed.seconds)
+    print(f"batch {batch}, {len(outside)} steps, medians and 90th percentiles:")
+    for what, seconds in (("outside kernels", outside), ("within", inside)):
+        high = statistics.quantiles(seconds, n=10)[-1]
+        print(f"  {what:<16} {statistics.median(seconds) * 1e3:6.2f} ms {high * 1e3:6.2f}")
     if profile:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
