@@ -158,7 +158,7 @@ def test_what_was_left_to_defaults_is_kept(wire: Wire) -> None:
     for choice in range(2):
         assert ids([*first, *again], choice) == ids(whole, choice)
         assert text([*first, *again], choice) == text(whole, choice)
-    usage = {m.finished.choice: m.finished.usage for m in again if m.HasField("finished")}
+    usage = {m.finished.choice: m.finished.usage for m in [*first, *again] if m.HasField("finished")}
     for message in whole:
         if message.HasField("finished"):
             assert usage[message.finished.choice].generated_tokens == message.finished.usage.generated_tokens
