@@ -14,7 +14,7 @@ from qwire import prefix
 from tests.helpers.fake_runner import FakeRunner
 from worker.engine.constraint import Standing, TokenMask
 from worker.engine.engine import Engine
-from worker.engine.lookup import CANDIDATES, LONGEST_MATCH, Lookup
+from worker.engine.lookup import CANDIDATES, LONGEST_MATCH, PER_STEP, Lookup
 from worker.engine.plan import Drawn, SamplingParams, StepPlan
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import EndReason, Request
@@ -289,13 +289,14 @@ def test_a_guess_goes_on_from_the_longest_match(tokens: list[int], cuts: list[in
     assert guess == expected[len(tokens) :]
 
 
-def test_an_index_that_outgrows_its_heads_finds_the_same() -> None:
-    tokens = [(7 * index * index + index // 3) % 151_936 for index in range(3000)]
-    tokens[2000:2040] = tokens[100:140]
+def test_a_long_prompt_is_indexed_over_several_steps_and_found_as_one_that_grew() -> None:
+    tokens = [(7 * index * index + index // 3) % 151_936 for index in range(PER_STEP + 900)]
+    tokens[PER_STEP + 860 :] = tokens[100:140]
     grown, whole = Lookup(), Lookup()
-    for count in range(1, 2040):
+    for count in range(PER_STEP, len(tokens)):
         grown.guess(tokens[:count], 4)
-    assert grown.guess(tokens[:2040], 8) == whole.guess(tokens[:2040], 8) == tokens[140:148]
+    assert whole.guess(tokens, 8) == []
+    assert grown.guess(tokens, 8) == whole.guess(tokens, 8) == tokens[140:148]
 
 
 def test_the_cost_of_a_row_is_learnt() -> None:
