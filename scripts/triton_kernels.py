@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,8 +45,6 @@ _TYPES = {
 }
 _OPTIONS = ("num_warps", "num_stages")
 _INT32 = 2**31
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ def _dense_calls(dtype: torch.dtype, name: str) -> Iterator[tuple[str, Callable[
     for width in (1024, 8192):
         x = empty(32, width)
         for residual in (None, empty(32, width)):
-            yield f"{name}, {width}", lambda x=x, r=residual: kernels.rms_norm(x, empty(x.shape[1]), 1e-6, r)
+            yield f"{name}, {width}", partial(kernels.rms_norm, x, empty(width), 1e-6, residual)
     yield name, lambda: kernels.silu_mul(empty(32, 6144), empty(32, 3072))
     for head_dim, group in ((128, 2), (128, 4), (128, 8), (64, 7)):
         yield from _attention_calls(dtype, head_dim, group, dtype)
@@ -163,18 +162,18 @@ def _dense_calls(dtype: torch.dtype, name: str) -> Iterator[tuple[str, Callable[
     for form, weight in forms.items():
         for rows, fixed in ((1, False), (64, False), (512, False), (32, True)):
             how = f"{name}, {form}{'fixed' if fixed else f'{rows} rows'}"
-            yield how, lambda n=rows, w=weight, f=fixed: kernels.linear(empty(n, 4096), w, None, fixed=f)
+            yield how, partial(kernels.linear, empty(rows, 4096), weight, None, fixed=fixed)
     for rows in (8, 2048):
         plan = kernels.ExpertPlan(_empty(rows * 8, dtype=torch.int32), _empty(129, dtype=torch.int32))
         up, down = empty(128, 768, 2048), empty(128, 2048, 768)
         slots, shares = empty(rows * 8, 768), _empty(rows * 8, dtype=torch.float32)
         yield (
             f"{name}, up, {rows} rows",
-            lambda n=rows, p=plan, w=up, s=slots: kernels.expert_linear(empty(n, 2048), w, p, None, s),
+            partial(kernels.expert_linear, empty(rows, 2048), up, plan, None, slots),
         )
         yield (
             f"{name}, down, {rows} rows",
-            lambda n=rows, p=plan, w=down, s=slots, v=shares: kernels.expert_linear(s, w, p, v, empty(n * 8, 2048)),
+            partial(kernels.expert_linear, slots, down, plan, shares, empty(rows * 8, 2048)),
         )
     yield name, lambda: kernels.combine_experts(empty(256, 2048), empty(32, 2048))
 
@@ -196,7 +195,7 @@ def _attention_calls(
     for weight in (norm, None):
         yield (
             case,
-            lambda w=weight: kernels.rope_and_cache(qkv, turns, turns, cache, slots, w, w, 1e-6, queries, scales),
+            partial(kernels.rope_and_cache, qkv, turns, turns, cache, slots, weight, weight, 1e-6, queries, scales),
         )
     yield case, lambda: kernels.decode_attention(queries, cache, tables, lengths, 4000, None, queries, scales)
     yield case, lambda: kernels.ragged_attention(queries, cache, tables, lengths, starts, None, queries, scales)
@@ -209,7 +208,7 @@ def _logit_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     draws = kernels.Draws(single, ids, double, double, ids, ids, ids)
     for greedy, filtered in ((True, False), (False, False), (False, True)):
         how = "greedy" if greedy else "filtered" if filtered else "whole"
-        yield how, lambda g=greedy, f=filtered: kernels.sample(logits, draws, greedy=g, filtered=f)
+        yield how, partial(kernels.sample, logits, draws, greedy=greedy, filtered=filtered)
     yield "bitmask", lambda: kernels.mask_logits(logits, ids, _empty(32, 4748, dtype=torch.int32))
     yield "repeated", lambda: kernels.penalize_repeated(logits, ids, ids, single)
     yield "added", lambda: kernels.add_to_logits(logits, ids, ids, single)
@@ -264,17 +263,15 @@ def page(made: list[Made]) -> str:
         "",
         "Registers of a thread, kB of shared memory of a block, and bytes spilled, by the ptxas that Triton",
         f"{triton.__version__} brings, for every launch in `worker/kernels/cuda/triton/tables.json`.",
-        "Compiled, never run: no GPU was at hand.",
+        "float16 has the launches of bfloat16. Compiled, never run: no GPU was at hand.",
         "`.venv/bin/python -m scripts.triton_kernels` writes this page.",
         "",
         "| kernel | case | warps | " + " | ".join(f"sm_{arch}" for arch in configs.ARCHITECTURES) + " |",
         "|---|---|---|" + "---|" * len(configs.ARCHITECTURES),
     ]
     for (kernel, case, warps), by_arch in rows.items():
-        cells = [
-            f"{one.registers}, {one.shared / 1024:.0f} kB, {one.spilled}" if (one := by_arch.get(arch)) else ""
-            for arch in configs.ARCHITECTURES
-        ]
+        shown = [by_arch[arch] for arch in configs.ARCHITECTURES]
+        cells = [f"{one.registers}, {one.shared / 1024:.0f} kB, {one.spilled}" for one in shown]
         lines.append(f"| {kernel} | {case} | {warps} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -285,7 +282,7 @@ def main() -> None:
         for one in make_all((int(sys.argv[2]),), without=("float16", "float32")):
             print(json.dumps(asdict(one)))
         return
-    PAGE.write_text(page(make_all(configs.ARCHITECTURES)))
+    PAGE.write_text(page(make_all(configs.ARCHITECTURES, without=("float16",))))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def test_linear(
 
 def _words(values: torch.Tensor, order: list[int]) -> torch.Tensor:
     """Eight values of 4 bits a word, [rows, columns * 8] to int32 [rows, columns]: nibble i is value `order[i]`."""
-    eights = values.long().unflatten(1, (-1, 8))[..., order]
-    return (eights << torch.arange(0, 32, 4)).sum(-1).to(torch.uint32).view(torch.int32)
+    eights = values.long().view(values.shape[0], -1, 8)[..., order]
+    words: torch.Tensor = (eights << torch.arange(0, 32, 4)).sum(-1)
+    return words.to(torch.uint32).view(torch.int32)
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq", "gptq_v2"])
@@ -72,7 +73,7 @@ def test_layouts_of_others(form: str, group: int) -> None:
         codes = kernels.from_awq(_words(values, order), _words(zeros, order), scales)
     else:
         less = form == "gptq"
-        packed = _words(values.t(), list(range(8))).t().contiguous()
+        packed = _words(values.t().contiguous(), list(range(8))).t().contiguous()
         groups = torch.arange(inner) // group
         codes = kernels.from_gptq(
             packed, _words(zeros - int(less), list(range(8))), scales, groups, zeros_less_one=less

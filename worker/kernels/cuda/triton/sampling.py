@@ -247,7 +247,9 @@ def scores_kernel(
             kept &= (key > cut) | ((key == cut) & (token <= tl.load(cut_ids + row)))
             best, _ = _best(peaks, peaks, row, count, vocabulary, BLOCK)
             peak = tl.div_rn(key_value(best.to(tl.uint32)), tl.maximum(temperature, _MIN_TEMPERATURE))
-            kept &= value >= peak + tl.log(tl.load(min_ps + row)).to(tl.float32)
+            min_p = tl.load(min_ps + row)
+            if min_p > 0:
+                kept &= value >= peak + tl.log(min_p).to(tl.float32)
         score_key = tl.full((TILE,), -1, tl.int64)
         if tl.sum(kept.to(tl.int32), 0) > 0:
             seed = tl.load(seeds + row)
