@@ -18,6 +18,7 @@ from worker.engine.constraint import Standing
 from worker.engine.plan import NO_TOKEN, Clock, Drawn, ModelRunner
 from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from worker.engine.sequence import EndReason, Request, SequenceState
+from worker.engine.step_cost import StepShape
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +243,9 @@ class Engine:
         self._executing_tokens = scheduled.plan.num_tokens
         self._step_started, self._executing = now, scheduled.sequences
         drawn = self._runner.execute(scheduled.plan)
-        self._pace.take(self._executing_tokens, self._clock() - now)
+        seconds = self._clock() - now
+        self._pace.take(self._executing_tokens, seconds)
+        self.scheduler.cost.take(StepShape.of(scheduled.plan.chunks), seconds)
         self._step_started, self._executing, self._executing_tokens = None, [], 0
         self.steps += 1
         reports = []
@@ -293,7 +296,7 @@ class Engine:
                 sequences = SequenceState.of(request, arrival)
                 self._requests[request.key] = sequences
                 for sequence in sequences:
-                    self.scheduler.add(sequence)
+                    self.scheduler.add(sequence, arrival)
         # Whoever aborts a request has submitted it before: its submit is in by now.
         for key, choice in aborts:
             aborted = [s for s in self._requests.get(key, ()) if choice is None or s.choice == choice]
@@ -339,7 +342,7 @@ class Engine:
         with self._wake:
             if self._wake.wait_for(self._has_work, IDLE_SECONDS_BEFORE_CHECK):
                 return
-        self.pool.check()
+        self.scheduler.check()
         with self._wake:
             self._wake.wait_for(self._has_work)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
+from qwire.ordering import Claim
 from worker.engine.constraint import ConstraintState, Standing
 from worker.engine.plan import NO_TOKEN, Draw, SamplingParams
 
@@ -92,10 +93,17 @@ class SequenceState:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it first ran."""
     first_scheduled: float | None = None
-    preemptions: int = 0
+    level: int = 0
+    """What its priority counted as when it began to run."""
     constraint: ConstraintState | None = None
     standing: Standing = Standing.OPEN
     """How it stands to its constraint."""
+    claim: Claim = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        began = self.arrival - request.waited
+        self.claim = Claim(request.tenant, request.priority, request.deadline, began)
 
     @classmethod
     def of(cls, request: Request, arrival: float) -> list[SequenceState]:
@@ -173,11 +181,6 @@ class SequenceState:
     def unproven(self) -> bool:
         """Whether it may be what makes steps fail: a suspect's, and no step has given it a token."""
         return self.request.suspect and self.num_generated == len(self.request.choices[self.choice])
-
-    @property
-    def queued(self) -> float:
-        """When its wait began, here or elsewhere: the order of the queue."""
-        return self.arrival - self.request.waited
 
     @property
     def num_generated(self) -> int:
