@@ -182,7 +182,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     face = WorkerFace(info, grammars)
     engine = Engine(
         ranks or runner,
-        SchedulerLimits(config.max_step_tokens, config.max_running, config.step_target_ms / 1000),
+        SchedulerLimits(config.max_step_tokens, config.max_running, config.step_target_ms / 1000, window=runner.window),
         max_waiting=config.max_waiting,
         clock=time.monotonic,
         deliver=face.deliver,

@@ -86,6 +86,10 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that is known under a hash, whether or not those before it are. Takes no reference."""
+        return self._by_hash.get(block_hash)
+
     def longest_match(self, parent: bytes, ids: Sequence[int]) -> tuple[int, int] | None:
         """The block behind `parent` (a block's hash, or the root) that begins with the most of `ids`, and how many
         those are; None if none begins with the first.

@@ -41,6 +41,8 @@ class SchedulerLimits:
     """Sequences that run at once at most."""
     step_target: float = 0.0
     """Seconds that a step may take while sequences decode; 0 is so many times what they take alone."""
+    window: int | None = None
+    """How many positions a query reads in any layer, its own included; None where a layer reads all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Scheduler:
         self.preemptions = 0
         self._now = 0.0
         """When the newest step was planned."""
-        self._sharing = Sharing(pool)
+        self._sharing = Sharing(pool, limits.window)
         self._copies: list[tuple[int, int]] = []
         """Blocks to copy at the beginning of the next step, one after another. What the pool says that a block holds is
         so once these are done, whoever was given the block since."""
@@ -129,8 +131,8 @@ class Scheduler:
         if len(self.running) == self.limits.max_running or (rest and not self.pool.num_available):
             self.waiting.add(child, child.claim, self._now)
             return
-        self.pool.acquire(parent.blocks[:shared])
-        child.blocks = parent.blocks[:shared]
+        self.pool.acquire(parent.blocks[parent.dropped : shared])
+        child.blocks, child.dropped = parent.blocks[:shared], parent.dropped
         if rest:
             child.blocks += self.pool.allocate(1)
             self._copies.append((parent.blocks[shared], child.blocks[shared]))
@@ -146,6 +148,11 @@ class Scheduler:
         # A token that is drawn costs about as much again: it is a row of a step's own.
         self.shares.charge(sequence.claim, count + (sequence.left == 0))
         self._sharing.publish(sequence, sequence.computed // self.pool.block_size, decoded=decoded)
+        behind = self._sharing.behind(sequence.computed)
+        if behind > sequence.dropped:
+            # Their places in the table stay: kernels may look at them, though at nothing in them that counts.
+            self.pool.release(sequence.blocks[sequence.dropped : behind])
+            sequence.dropped = behind
 
     def waiting_tokens(self) -> int:
         """Tokens of waiting and running sequences that are still to be computed before each draws its next."""
@@ -164,7 +171,7 @@ class Scheduler:
         for sequence in self.running:
             if not sequence.published <= sequence.computed // self.pool.block_size <= len(sequence.blocks):
                 problems.append("a sequence's counts don't agree")
-        held = {block for sequence in self.running for block in sequence.blocks}
+        held = {block for sequence in self.running for block in sequence.held}
         if len(held) != self.pool.num_used:
             problems.append(f"{self.pool.num_used} blocks are used, and sequences hold {len(held)}")
         if problems:
@@ -252,7 +259,7 @@ class Scheduler:
         oldest = self._oldest()
         lower = [s for s in self.running if s.level < sequence.request.priority and s is not oldest]
         lower.sort(key=_rank(self.shares))
-        if self._missing(sequence, prefix) <= sum(len(victim.blocks) for victim in lower):
+        if self._missing(sequence, prefix) <= sum(len(victim.held) for victim in lower):
             while lower and (len(self.running) == self.limits.max_running or self._missing(sequence, prefix) > 0):
                 self._preempt(lower.pop())
 
@@ -273,16 +280,17 @@ class Scheduler:
     def _missing(self, sequence: SequenceState, prefix: ComputedPrefix) -> int:
         """How many blocks more there would have to be for a newcomer. All of its prompt must fit beside all of those
         that run, or half-computed prompts could starve each other."""
-        needed = self._blocks_for(sequence.total + 1) - len(prefix.blocks)
-        promised = sum(max(0, self._blocks_for(other.total + 1) - len(other.blocks)) for other in self.running)
-        return needed + promised - (self.pool.num_available - self.pool.num_evictable(prefix.blocks))
+        shared = prefix.blocks[prefix.dropped :]
+        needed = self._blocks_at_once(sequence) - len(shared)
+        promised = sum(max(0, self._blocks_at_once(other) - len(other.held)) for other in self.running)
+        return needed + promised - (self.pool.num_available - self.pool.num_evictable(shared))
 
     def _admit(self, sequence: SequenceState, prefix: ComputedPrefix, most: int) -> bool:
         """Starts a sequence, its first chunk of at most so many tokens reserved, if there is room for it."""
         if self.running and self._missing(sequence, prefix) > 0:
             return False
-        self.pool.acquire(prefix.blocks)
-        sequence.blocks = prefix.blocks[:]
+        self.pool.acquire(prefix.blocks[prefix.dropped :])
+        sequence.blocks, sequence.dropped = prefix.blocks[:], prefix.dropped
         sequence.computed = len(prefix.blocks) * self.pool.block_size
         sequence.published = len(prefix.blocks)
         if not self._reserve(sequence, min(sequence.left, prefix.copied + most)):
@@ -327,10 +335,17 @@ class Scheduler:
     def _free(self, sequence: SequenceState) -> None:
         if sequence.request.use_prefix_cache and sequence.blocks:
             self._sharing.describe(sequence, sequence.computed // self.pool.block_size)
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        self.pool.release(sequence.held)
+        sequence.blocks, sequence.dropped = [], 0
         sequence.computed = 0
         sequence.published = 0
+
+    def _blocks_at_once(self, sequence: SequenceState) -> int:
+        """How many blocks a sequence holds at most until it draws its next token."""
+        needed = self._blocks_for(sequence.total + 1)
+        if self.limits.window is None:
+            return needed
+        return min(needed, self._blocks_for(self.limits.window + self.limits.max_step_tokens) + 1)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.block_size)

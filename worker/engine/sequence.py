@@ -86,6 +86,8 @@ class SequenceState:
     computed: int = 0
     """Positions whose keys and values are in `blocks`."""
     blocks: list[int] = field(default_factory=list)
+    dropped: int = 0
+    """How many leading entries of `blocks` are no longer its own: no window reaches back to them."""
     hashes: list[bytes] = field(default_factory=list)
     """Hashes of the leading full blocks of `tokens`, as far as they were needed."""
     published: int = 0
@@ -186,6 +188,11 @@ class SequenceState:
     def num_generated(self) -> int:
         """Generated ids, those of earlier attempts counted."""
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def held(self) -> list[int]:
+        """Its own blocks, in the order of its block table."""
+        return self.blocks[self.dropped :]
 
     def parent_hash(self, index: int) -> bytes:
         """What the hash of block `index` starts from, where `hashes` holds those of all blocks before it."""

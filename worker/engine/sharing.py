@@ -24,6 +24,8 @@ takes a step, and many chats begin with the same few words."""
 class ComputedPrefix:
     blocks: list[int]
     """Full blocks, to be shared."""
+    dropped: int = 0
+    """How many of them, the first ones, are not needed, because no window reaches back to them: no blocks in truth."""
     source: int = 0
     """A block that begins with the tokens behind those, `copied` of them; of no meaning if that is 0."""
     copied: int = 0
@@ -41,10 +43,15 @@ class BeingComputed:
 
 
 class Sharing:
-    """Finds what sequences can share in a pool, and tells the pool what they have computed."""
+    """Finds what sequences can share in a pool, and tells the pool what they have computed.
 
-    def __init__(self, pool: BlockPool) -> None:
+    Args:
+        window: how many positions a query reads, its own included; None for all before it.
+    """
+
+    def __init__(self, pool: BlockPool, window: int | None = None) -> None:
         self._pool = pool
+        self._window = window
         self._worth_sharing = max(1, int(WORTH_SHARING * pool.block_size))
 
     def computed_prefix(self, sequence: SequenceState, being_computed: BeingComputed) -> ComputedPrefix | None:
@@ -57,7 +64,7 @@ class Sharing:
         last = sequence.total - 1
         full = last // self._pool.block_size
         self._hash(sequence, full)
-        blocks = self._pool.lookup(sequence.hashes[:full])
+        blocks, dropped = self._full_blocks(sequence.hashes[:full])
         count = len(blocks)
         if count < full and sequence.hashes[count] in being_computed.hashes:
             return None
@@ -68,7 +75,24 @@ class Sharing:
             copied = 0
         if any(common(ids, others) >= copied + self._worth_sharing for others in being_computed.begun.get(parent, ())):
             return None
-        return ComputedPrefix(blocks, source, copied)
+        return ComputedPrefix(blocks, dropped, source, copied)
+
+    def behind(self, computed: int) -> int:
+        """How many leading blocks no query from position `computed` on reads."""
+        return max(0, computed - self._window + 1) // self._pool.block_size if self._window is not None else 0
+
+    def _full_blocks(self, hashes: list[bytes]) -> tuple[list[int], int]:
+        """The blocks of the longest prefix that need not be computed, and how many of the first are not needed."""
+        if self._window is None:
+            return self._pool.lookup(hashes), 0
+        found = [self._pool.find(block_hash) for block_hash in hashes]
+        best = run = 0
+        for count, block in enumerate(found, 1):
+            run = run + 1 if block is not None else 0
+            if run >= count - self.behind(count * self._pool.block_size):
+                best = count
+        dropped = self.behind(best * self._pool.block_size)
+        return [0 if block is None else block for block in found[:best]], dropped
 
     def being_computed(self, running: Iterable[SequenceState]) -> BeingComputed:
         size = self._pool.block_size
