@@ -187,6 +187,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
         clock=time.monotonic,
         deliver=face.deliver,
         fault=face.fault,
+        check_steps=config.check_steps,
     )
     face.attach(engine)
     server = Server(

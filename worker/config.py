@@ -61,6 +61,11 @@ class WorkerConfig:
     )
     max_running: int = setting(default=64, help="Sequences that run at once.")
     max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
+    check_steps: bool = setting(
+        default=False,
+        help="Verify the books of scheduler and block pool after every step, and end where they are broken: for tests "
+        "and for hunting a fault.",
+    )
     tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
     collective_timeout: float = setting(
         default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."

@@ -104,6 +104,9 @@ def load_frame(load: LoadReport, submits_seen: int) -> pb.Load:
         blocks_free=load.blocks_free,
         submits_seen=submits_seen,
         preemptions=load.preemptions,
+        prompt_tokens=load.prompt_tokens,
+        cached_tokens=load.cached_tokens,
+        evictions=load.evictions,
     )
 
 

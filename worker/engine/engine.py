@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MOVED_REQUESTS = 1024
 """Requests that had a place at another engine are taken beyond the limit, up to so many."""
 IDLE_SECONDS_BEFORE_CHECK = 1.0
-"""The pool's invariant is verified once the engine has had nothing to do for this long."""
+"""The books of scheduler and pool are verified once the engine has had nothing to do for this long."""
 
 
 class QueueFull(Exception):
@@ -68,7 +68,13 @@ class LoadReport:
     blocks_cached: int
     blocks_free: int
     preemptions: int
-    """Since the engine was made."""
+    """Since the engine was made; so are those below."""
+    prompt_tokens: int
+    """Of requests that have begun."""
+    cached_tokens: int
+    """Those of them that were found in the prefix cache."""
+    evictions: int
+    """Blocks with a cached prefix that were given to another use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,7 @@ class Engine:
         fault: called from the engine's thread with the keys of the requests in a step that raised; the engine has
             stopped for good by then, and the process is expected to exit.
         max_waiting: requests that may be there beyond `limits.max_running`, those in the inbox counted.
+        check_steps: verify the books of scheduler and pool after every step, and not only once nothing is left to do.
     """
 
     def __init__(
@@ -139,6 +146,7 @@ class Engine:
         clock: Clock,
         deliver: Callable[[StepReport], None],
         fault: Callable[[list[Hashable]], None],
+        check_steps: bool = False,
     ) -> None:
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, limits)
@@ -147,6 +155,7 @@ class Engine:
         self._clock = clock
         self._deliver = deliver
         self._fault = fault
+        self._check_steps = check_steps
         self._inbox = _Inbox()
         self._wake = threading.Condition()
         self._requests: dict[Hashable, list[SequenceState]] = {}
@@ -234,6 +243,8 @@ class Engine:
         too_complex = self._end_failed()
         reports = [report for report in reports if report.key not in too_complex]
         self._aborted_some = False
+        if self._check_steps:
+            self.scheduler.check()
         self.load = self._count_load()
         cache = self.pool.take_changes()
         hashes = self.pool.hashes() if snapshot else None
@@ -323,6 +334,9 @@ class Engine:
             blocks_cached=self.pool.num_cached,
             blocks_free=self.pool.num_free,
             preemptions=self.scheduler.preemptions,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            cached_tokens=self.scheduler.cached_tokens,
+            evictions=self.pool.evictions,
         )
 
     def _run(self) -> None:
@@ -338,7 +352,7 @@ class Engine:
             self._fault(self.executing())
 
     def _sleep(self) -> None:
-        """Waits for work; verifies the pool once if none comes for a while."""
+        """Waits for work; verifies the books once if none comes for a while."""
         with self._wake:
             if self._wake.wait_for(self._has_work, IDLE_SECONDS_BEFORE_CHECK):
                 return

@@ -81,6 +81,9 @@ class Scheduler:
         self.waiting: TurnQueue[SequenceState] = TurnQueue(self.shares)
         self.running: list[SequenceState] = []
         self.preemptions = 0
+        self.prompt_tokens = 0
+        """Of sequences that have begun to run; those of them that were found in the prefix cache are counted below."""
+        self.cached_tokens = 0
         self._now = 0.0
         """When the newest step was planned."""
         self._sharing = Sharing(pool, limits.window)
@@ -304,6 +307,8 @@ class Scheduler:
         if sequence.first_scheduled is None:
             sequence.first_scheduled = self._now
             sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
+            self.prompt_tokens += len(sequence.request.prompt_ids)
+            self.cached_tokens += sequence.cached_tokens
         sequence.level = self.waiting.level(sequence.request.priority, self._now)
         self.waiting.take(sequence, self._now)
         self.running.append(sequence)

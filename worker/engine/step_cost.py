@@ -77,31 +77,34 @@ class StepCost:
         doubt = self._doubt
         for index, number in enumerate(self._numbers):
             doubt[index][index] += (_DRIFT * number) ** 2
-        spread = [sum(a * b for a, b in zip(row, features, strict=True)) for row in doubt]
-        variance = sum(a * b for a, b in zip(spread, features, strict=True)) + (_NOISE * max(seconds, expected)) ** 2
+        f0, f1, f2, f3 = features  # written out: this runs in every step
+        spread = [a * f0 + b * f1 + c * f2 + d * f3 for a, b, c, d in doubt]
+        s0, s1, s2, s3 = spread
+        variance = s0 * f0 + s1 * f1 + s2 * f2 + s3 * f3 + (_NOISE * max(seconds, expected)) ** 2
         if variance <= 0:
             return  # a step that took no time, on a clock that stands
-        gain = [value / variance for value in spread]
         # What is well known isn't given up for one step; what isn't may turn out to be anything.
         surprise = min(seconds - expected, max((_OUTLIER - 1) * expected, _OUTLIER * math.sqrt(variance)))
+        gain = [value / variance for value in spread]
         self._shift(gain, surprise)
-        self._doubt = [
-            [value - gain[row] * spread[column] for column, value in enumerate(values)]
-            for row, values in enumerate(doubt)
+        self._doubt = doubt = [
+            [a - g * s0, b - g * s1, c - g * s2, d - g * s3] for g, (a, b, c, d) in zip(gain, doubt, strict=True)
         ]
         # None is negative. One that would be is moved to 0, and the others with it as they are correlated, so that what
         # steps such as those before should take stays as it was.
-        for index, variance in enumerate(self._doubt[i][i] for i in range(4)):
-            if self._numbers[index] < 0 < variance:
-                self._shift([row[index] / variance for row in self._doubt], -self._numbers[index])
-        self._numbers = [max(0.0, number) for number in self._numbers]
+        for index in range(4):
+            if self._numbers[index] < 0:
+                if (variance := doubt[index][index]) > 0:
+                    self._shift([row[index] / variance for row in doubt], -self._numbers[index])
+                self._numbers[index] = 0.0
 
     def _shift(self, direction: Sequence[float], amount: float) -> None:
         self._numbers = [n + d * amount for n, d in zip(self._numbers, direction, strict=True)]
 
     def seconds(self, shape: StepShape) -> float:
         """What a step of that shape should take; 0 while nothing was measured."""
-        return sum(number * feature for number, feature in zip(self._numbers, shape._features, strict=True))
+        fixed, row, token, thousand = self._numbers
+        return fixed + row * shape.rows + token * shape.tokens + thousand * _POSITION * shape.attended
 
     def prompt_seconds(self, start: int, count: int) -> float:
         """What `count` tokens of a prompt from position `start` should add to a step."""
