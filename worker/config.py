@@ -61,6 +61,12 @@ class WorkerConfig:
     )
     max_running: int = setting(default=64, help="Sequences that run at once.")
     max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
+    speculation: int = setting(
+        default=12,
+        help="Tokens that a step guesses for a sequence at most, by looking up what followed where its last ones came "
+        "before, and keeps if they are what is drawn: output is the same without. As many as are likely to pay are "
+        "guessed; 0 guesses none.",
+    )
     check_steps: bool = setting(
         default=False,
         help="Verify the books of scheduler and block pool after every step, and end where they are broken: for tests "
@@ -81,7 +87,7 @@ class WorkerConfig:
         for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
-        for name in ("kv_blocks", "step_target_ms", "threads", "grace"):
+        for name in ("kv_blocks", "step_target_ms", "speculation", "threads", "grace"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
         if self.collective_timeout < 1:

@@ -198,6 +198,8 @@ class GetStateResponse(_message.Message):
     REQUESTS_RUNNING_FIELD_NUMBER: _builtins.int
     REQUESTS_WAITING_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
@@ -213,6 +215,9 @@ class GetStateResponse(_message.Message):
     requests_waiting: _builtins.int
     preemptions: _builtins.int
     """How often running requests had to give their KV blocks to others, over all workers since they started."""
+    drafted_tokens: _builtins.int
+    """Ids that workers guessed, and those of them that were then drawn, over all workers since they started."""
+    accepted_tokens: _builtins.int
     prompt_tokens: _builtins.int
     """Prompt tokens of requests that have begun, and those of them that were found in a prefix cache, over all workers
     since they started.
@@ -230,13 +235,15 @@ class GetStateResponse(_message.Message):
         requests_running: _builtins.int = ...,
         requests_waiting: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

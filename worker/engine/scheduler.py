@@ -23,6 +23,7 @@ from worker.engine.block_pool import BlockPool
 from worker.engine.plan import Chunk, StepPlan
 from worker.engine.sequence import SequenceState
 from worker.engine.sharing import ComputedPrefix, Sharing
+from worker.engine.speculation import Speculation
 from worker.engine.step_cost import StepCost, StepShape
 
 DECODES_STRETCHED = 2.0
@@ -39,6 +40,8 @@ class SchedulerLimits:
     """Tokens that one step computes at most."""
     max_running: int = 64
     """Sequences that run at once at most."""
+    max_draft_tokens: int = 0
+    """Ids that are guessed for a sequence in a step at most."""
     step_target: float = 0.0
     """Seconds that a step may take while sequences decode; 0 is so many times what they take alone."""
     window: int | None = None
@@ -81,6 +84,7 @@ class Scheduler:
         self.waiting: TurnQueue[SequenceState] = TurnQueue(self.shares)
         self.running: list[SequenceState] = []
         self.preemptions = 0
+        self.speculation = Speculation(limits.max_draft_tokens)
         self.prompt_tokens = 0
         """Of sequences that have begun to run; those of them that were found in the prefix cache are counted below."""
         self.cached_tokens = 0
@@ -120,8 +124,27 @@ class Scheduler:
                 self._continue(step, sequence, 1)
         step.decodes = len(step.chunks)
         self._add_prompts(step, deque(sequence for sequence in running if sequence.left > 1))
+        if self.limits.max_draft_tokens and not step.preempted:
+            self._draft(step)
         copies, self._copies = (self._copies, []) if step.chunks else ([], self._copies)
         return Scheduled(StepPlan(step.chunks, copies), step.sequences)
+
+    def _draft(self, step: _Step) -> None:
+        """Adds drafts to a step that computes nothing but the newest token of each sequence: beside those, more rows
+        cost little, beside a prompt's as much as its own."""
+        if len(step.chunks) != step.decodes or any(sequence.unborn for sequence in step.sequences):
+            return
+        worth = self.speculation.worth(len(step.chunks))
+        for index, sequence in enumerate(step.sequences):
+            drafts = sequence.guess(min(step.budget, self.limits.max_draft_tokens), worth)
+            # A block that another sequence may need for its next token is not taken for a guess.
+            spare = self.pool.num_available - len(self.running)
+            drafts = drafts[: max(0, (len(sequence.blocks) + max(spare, 0)) * self.pool.block_size - sequence.total)]
+            if drafts and self._reserve(sequence, 1 + len(drafts)):
+                step.budget -= len(drafts)
+                chunk = step.chunks[index]
+                ids = [*chunk.token_ids, *drafts]
+                step.chunks[index] = Chunk(ids, chunk.start, sequence.blocks, sequence.draws(drafts), len(drafts))
 
     def fork(self, parent: SequenceState, child: SequenceState) -> None:
         """Starts a choice that shares its parent's prompt, of which the parent has just computed the last token.
@@ -156,6 +179,14 @@ class Scheduler:
             # Their places in the table stay: kernels may look at them, though at nothing in them that counts.
             self.pool.release(sequence.blocks[sequence.dropped : behind])
             sequence.dropped = behind
+
+    def verified(self, sequence: SequenceState, guessed: int, kept: int) -> None:
+        """Notes how a sequence's drafts fared, and takes back what was reserved for those that were wrong."""
+        self.speculation.verified(sequence.guesses, guessed, kept)
+        needed = self._blocks_for(sequence.total)
+        if sequence.blocks[needed:]:
+            self.pool.release(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
 
     def waiting_tokens(self) -> int:
         """Tokens of waiting and running sequences that are still to be computed before each draws its next."""

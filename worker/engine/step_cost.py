@@ -30,7 +30,7 @@ class StepShape:
     """What a step's time depends on."""
 
     rows: int = 0
-    """Tokens of sequences that decode."""
+    """Tokens of sequences that decode, guesses among them."""
     tokens: int = 0
     """Tokens of prompts."""
     attended: int = 0
@@ -41,7 +41,7 @@ class StepShape:
         rows = tokens = attended = 0
         for chunk in chunks:
             count = len(chunk.token_ids)
-            if count == 1:
+            if count == 1 + chunk.drafts:
                 rows += 1
             else:
                 tokens += count
