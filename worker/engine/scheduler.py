@@ -30,7 +30,7 @@ DECODES_STRETCHED = 2.0
 """Where no target is set, prompts may make a step of decodes so many times as long as it is without them."""
 LEAST_TARGET = 0.01
 """Seconds that a step may take in any case, where no target is set."""
-LEAST_PROMPT_TOKENS = 16
+LEAST_PROMPT_TOKENS = 8
 """Of a step that has any left to compute, whatever the target: a prompt gets on even where decodes alone exceed it."""
 
 
@@ -132,7 +132,7 @@ class Scheduler:
     def _draft(self, step: _Step) -> None:
         """Adds drafts to a step that computes nothing but the newest token of each sequence: beside those, more rows
         cost little, beside a prompt's as much as its own."""
-        if len(step.chunks) != step.decodes or any(sequence.unborn for sequence in step.sequences):
+        if not step.chunks or len(step.chunks) != step.decodes or any(sequence.unborn for sequence in step.sequences):
             return
         worth = self.speculation.worth(len(step.chunks))
         for index, sequence in enumerate(step.sequences):
