@@ -98,6 +98,11 @@ class StepCost:
                     self._shift([row[index] / variance for row in doubt], -self._numbers[index])
                 self._numbers[index] = 0.0
 
+    @property
+    def _token(self) -> float:
+        """Seconds that a token of a prompt adds: while that is in doubt, as many as it well may."""
+        return max(self._numbers[2], math.sqrt(max(0.0, self._doubt[2][2]))) if self._doubt else 0.0
+
     def _shift(self, direction: Sequence[float], amount: float) -> None:
         self._numbers = [n + d * amount for n, d in zip(self._numbers, direction, strict=True)]
 
@@ -108,13 +113,12 @@ class StepCost:
 
     def prompt_seconds(self, start: int, count: int) -> float:
         """What `count` tokens of a prompt from position `start` should add to a step."""
-        return self.seconds(StepShape(tokens=count, attended=attended_by(start, count))) - self._numbers[0]
+        return self._token * count + self._numbers[3] * _POSITION * attended_by(start, count)
 
     def prompt_tokens(self, start: int, seconds: float) -> int:
         """How many tokens of a prompt from position `start` a step can compute within so much more time; at least 0."""
-        _, _, token, thousand = self._numbers
-        position = thousand * _POSITION
-        linear = token + position * (start + 0.5)
+        position = self._numbers[3] * _POSITION
+        linear = self._token + position * (start + 0.5)
         if seconds <= 0:
             return 0
         # The root of position / 2 * n^2 + linear * n = seconds, in the form that doesn't cancel.
