@@ -104,13 +104,17 @@ def load_frame(load: LoadReport, submits_seen: int) -> pb.Load:
         blocks_free=load.blocks_free,
         submits_seen=submits_seen,
         preemptions=load.preemptions,
+        drafted_tokens=load.drafted_tokens,
+        accepted_tokens=load.accepted_tokens,
     )
 
 
-def sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
-    """What a step brought to one sequence."""
+def add_report(frame: pb.Step, attempt: int, report: SequenceReport) -> None:
+    """Adds to a frame what a step brought to a sequence; one token after another, if it brought several."""
     drawn = report.drawn
-    step = pb.SequenceStep(attempt=attempt, choice=report.choice, token_index=report.token_index)
+    step = frame.sequences[-1] if frame.sequences else None
+    if step is None or (step.attempt, step.choice) != (attempt, report.choice):
+        step = frame.sequences.add(attempt=attempt, choice=report.choice, token_index=report.token_index)
     if drawn.token_id != NO_TOKEN:
         step.token_ids.append(drawn.token_id)
     if drawn.logprob is not None:
@@ -130,7 +134,6 @@ def sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
         )
     if report.end is not None:
         step.end.reason = END_REASONS[report.end]
-    return step
 
 
 def _duration(seconds: float) -> Duration:

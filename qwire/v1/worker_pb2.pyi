@@ -870,6 +870,8 @@ class Load(_message.Message):
     BLOCKS_FREE_FIELD_NUMBER: _builtins.int
     SUBMITS_SEEN_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -883,6 +885,9 @@ class Load(_message.Message):
     """Submits of this router that the report covers: what was sent since comes on top."""
     preemptions: _builtins.int
     """How often a running request had to give its KV blocks to others since the worker started."""
+    drafted_tokens: _builtins.int
+    """Ids that were guessed for sequences, and those of them that were then drawn, since the worker started."""
+    accepted_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -894,10 +899,12 @@ class Load(_message.Message):
         blocks_free: _builtins.int = ...,
         submits_seen: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

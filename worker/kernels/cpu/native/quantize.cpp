@@ -9,7 +9,8 @@ namespace qwire {
 namespace {
 
 constexpr int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
-constexpr int64_t groups_of(int64_t size) { return (size + kInt8Group - 1) / kInt8Group; }
+constexpr int64_t groups_of(int64_t size) { return (size + kRowGroup - 1) / kRowGroup; }
+static_assert(kRowGroup == kInt8Group);  // so one loop makes scales and starts
 constexpr int64_t line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The greatest magnitude, as bits: so compared, NaN is above infinity and infinity above all numbers.
@@ -26,9 +27,12 @@ uint32_t greatest(const float* from, int64_t size) {
         const u32v bits = load<u32v>(rest) & 0x7fffffffu;
         best = bits > best ? bits : best;
     }
-    uint32_t lanes[kLanes];
-    store(lanes, best);
-    return *std::max_element(lanes, lanes + kLanes);
+    const auto fold = [&](u32v other) __attribute__((always_inline)) { best = best > other ? best : other; };
+    u32v lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = uint32_t(i);
+#pragma GCC unroll 4
+    for (uint32_t apart = kLanes / 2; apart; apart /= 2) fold(__builtin_shuffle(best, lanes ^ apart));
+    return best[0];
 }
 
 // Adds neighbours: lane i is the sum of lanes 2i and 2i + 1 of a and b, one behind the other.
@@ -72,17 +76,17 @@ QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 
 int64_t QuantizedRows::bytes(int64_t rows, int64_t size) {
     const int64_t chunks = chunks_of(size);
-    return line(rows * chunks * kChunkWords * 4) + line(rows * groups_of(size) * 4) + line(rows * chunks * 4) +
-           line(rows * 4);
+    return line(rows * chunks * kChunkWords * 4) + line(rows * chunks * 4) +
+           2 * line(rows * groups_of(size) * 4);
 }
 
 QuantizedRows::QuantizedRows(void* memory, int64_t rows, int64_t size)
-    : tiles(rows, kIntTile), size(size), chunks(chunks_of(size)), int8_groups(groups_of(size)) {
+    : tiles(rows, kIntTile), size(size), chunks(chunks_of(size)), groups(groups_of(size)) {
     auto* at = static_cast<char*>(memory);
     values_ = reinterpret_cast<int32_t*>(at);
     at += line(rows * chunks * kChunkWords * 4);
     int8_starts_ = reinterpret_cast<int32_t*>(at);
-    at += line(rows * int8_groups * 4);
+    at += line(rows * groups * 4);
     sums_ = reinterpret_cast<int32_t*>(at);
     at += line(rows * chunks * 4);
     scales_ = reinterpret_cast<float*>(at);
@@ -94,17 +98,22 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     while (tiles.first(tile + 1) <= row) ++tile;
     const int64_t height = tiles.size(tile), index = row - tiles.first(tile);
     int32_t* values = values_ + (tiles.first(tile) * chunks + index) * kChunkWords;
-    int32_t* starts = int8_starts_ + tiles.first(tile) * int8_groups + index;
+    int32_t* starts = int8_starts_ + tiles.first(tile) * groups + index;
     int32_t* sums = sums_ + tiles.first(tile) * chunks + index;
+    float* scales = scales_ + tiles.first(tile) * groups + index;
 
-    const float absmax = __builtin_bit_cast(float, greatest(from, size));
-    const float scale = absmax / 127.0f;
-    scales_[row] = scale;
-    // Below the least normal number the inverse would be infinite: such a row counts as zero.
-    const f32v inverse = splat(scale < 1.17549435e-38f ? 0.0f : 127.0f / absmax);
     const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+    // Stores a group's scale and returns its inverse.
+    const auto scale = [&](int64_t group) __attribute__((always_inline)) {
+        const int64_t first = group * kRowGroup;
+        const float absmax = __builtin_bit_cast(float, greatest(from + first, std::min(kRowGroup, size - first)));
+        const float scale = absmax / 127.0f;
+        scales[group * height] = scale;
+        // Below the least normal number the inverse would be infinite: such a group counts as zero.
+        return splat(scale < 1.17549435e-38f ? 0.0f : 127.0f / absmax);
+    };
     // Rounds a chunk, stores it, and returns the sum of its vectors.
-    const auto round = [&](int64_t chunk, const float* at) __attribute__((always_inline)) {
+    const auto round = [&](int64_t chunk, const float* at, f32v inverse) __attribute__((always_inline)) {
         int32_t* to = values + chunk * height * kChunkWords;
         i32v total{};
         for (int i = 0; i < kChunk; i += kLanes, to += kChunkWords * kLanes / kChunk) {
@@ -117,18 +126,23 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     // As many chunks at a time as a vector has lanes, for their sums.
     for (int64_t first = 0; first < chunks; first += kLanes) {
         const int64_t count = std::min<int64_t>(chunks - first, kLanes), whole = std::min(count, size / kChunk - first);
+        constexpr int64_t kPerGroup = kRowGroup / kChunk;
         i32v halves[kLanes];
-        for (int64_t i = 0; i < whole; ++i) halves[i] = round(first + i, from + (first + i) * kChunk);
+        f32v inverse = {};
+        for (int64_t i = 0; i < whole; ++i) {
+            if (i % kPerGroup == 0) inverse = scale((first + i) / kPerGroup);
+            halves[i] = round(first + i, from + (first + i) * kChunk, inverse);
+        }
         if (whole < count) {
             float rest[kChunk] = {};
             std::memcpy(rest, from + (first + whole) * kChunk, size_t(size % kChunk) * sizeof(float));
-            halves[whole] = round(first + whole, rest);
+            if (whole % kPerGroup == 0) inverse = scale((first + whole) / kPerGroup);
+            halves[whole] = round(first + whole, rest, inverse);
         }
         for (int64_t i = count; i < kLanes; ++i) halves[i] = i32v{};
         int32_t lanes[kLanes];
         store(lanes, totals(halves));
         for (int64_t i = 0; i < count; ++i) sums[(first + i) * height] = lanes[i];
-        constexpr int64_t kPerGroup = kInt8Group / kChunk;
         for (int64_t i = 0; i < count; i += kPerGroup) {
             int32_t group = 0;
             for (int64_t j = 0; j < kPerGroup; ++j) group += lanes[i + j];
