@@ -182,11 +182,18 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     face = WorkerFace(info, grammars)
     engine = Engine(
         ranks or runner,
-        SchedulerLimits(config.max_step_tokens, config.max_running, max_draft_tokens=config.speculation),
+        SchedulerLimits(
+            config.max_step_tokens,
+            config.max_running,
+            step_target=config.step_target_ms / 1000,
+            window=runner.window,
+            max_draft_tokens=config.speculation,
+        ),
         max_waiting=config.max_waiting,
         clock=time.monotonic,
         deliver=face.deliver,
         fault=face.fault,
+        check_steps=config.check_steps,
     )
     face.attach(engine)
     server = Server(

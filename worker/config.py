@@ -54,6 +54,11 @@ class WorkerConfig:
     kv_blocks: int = setting(default=0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
     block_size: int = setting(default=16, help="Positions in a KV block: a power of two up to 256.")
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
+    step_target_ms: float = setting(
+        default=0.0,
+        help="Milliseconds that a step may take while sequences decode: chunks of prompts are made as small as that "
+        "takes. 0 is twice what the sequences that decode take alone, at least 10.",
+    )
     max_running: int = setting(default=64, help="Sequences that run at once.")
     max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
     speculation: int = setting(
@@ -61,6 +66,11 @@ class WorkerConfig:
         help="Tokens that a step guesses for a sequence at most, by looking up what followed where its last ones came "
         "before, and keeps if they are what is drawn: output is the same without. As many as are likely to pay are "
         "guessed; 0 guesses none.",
+    )
+    check_steps: bool = setting(
+        default=False,
+        help="Verify the books of scheduler and block pool after every step, and end where they are broken: for tests "
+        "and for hunting a fault.",
     )
     tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
     collective_timeout: float = setting(
@@ -77,7 +87,7 @@ class WorkerConfig:
         for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
-        for name in ("kv_blocks", "speculation", "threads", "grace"):
+        for name in ("kv_blocks", "step_target_ms", "speculation", "threads", "grace"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
         if self.collective_timeout < 1:

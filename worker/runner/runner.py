@@ -110,6 +110,12 @@ class TorchRunner:
         return self._block_size
 
     @property
+    def window(self) -> int | None:
+        """How many positions a query reads in any layer, its own included; None where a layer reads all before it."""
+        windows = [window for window in self._windows if window is not None]
+        return max(windows) if len(windows) == len(self._windows) else None
+
+    @property
     def weight_bytes(self) -> int:
         """What a step reads of this rank's weights, each once: all but a table that is only looked up."""
         matrices = {id(m.prepared): m.prepared for _, m in self._model.named_modules() if _multiplies(m)}
