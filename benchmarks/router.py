@@ -109,6 +109,7 @@ def measure(scenario: Scenario) -> dict[str, float]:
         fleet, routers = start(Path(name), scenario)
         try:
             addresses = [router.address for router in routers]
+            empty = sum(router.memory for router in routers)
             clients = Clients(addresses, scenario.streams, scenario.seconds, *(["--text"] if scenario.text else []))
             others = [service for service in fleet.services.values() if service not in routers]
             before = [service.cpu_seconds for service in (*routers, *others)]
@@ -116,6 +117,7 @@ def measure(scenario: Scenario) -> dict[str, float]:
             after = [service.cpu_seconds for service in (*routers, *others)]
             spent = [end - begin for begin, end in zip(before, after, strict=True)]
             cpu = sum(spent[: len(routers)])
+            found["kb_a_stream"] = (sum(router.memory for router in routers) - empty) / 1000 / scenario.streams
             for service, seconds in zip(others, spent[len(routers) :], strict=True):
                 found[f"{service.name}_core"] = seconds / found["seconds"]
             clients.stop()
