@@ -1,4 +1,4 @@
-.PHONY: setup demo test soak lint format protos lock docs bench clean
+.PHONY: setup demo test soak lint format protos lock docs bench test-gpu bench-gpu clean
 SHELL := bash
 # UV fetches the demo model: .venv has no pip. PROMPT is exported, so that no shell reads it a second time: a prompt may hold quotes.
 export PROMPT = What is the capital of France?
@@ -42,6 +42,12 @@ docs: setup  ## docs/settings.md
 
 bench: setup  ## the engine on the demo model, against transformers
 	@UV=$$(scripts/uv.sh) .venv/bin/python -m benchmarks.engine
+
+test-gpu:  ## the cuda backend against the reference, on this machine's first GPU
+	@scripts/gpu.sh benchmarks.gpu_check $(ARGS)
+
+bench-gpu:  ## the engine on this machine's first GPU, beside its limits, and vLLM where it is installed
+	@scripts/gpu.sh benchmarks.gpu_bench $(ARGS)
 
 clean:
 	rm -rf .venv .venv-protos .venv-floors .uv
