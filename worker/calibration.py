@@ -74,7 +74,7 @@ def layer_moments(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[
     shape = (config.num_kv_heads, len(blocks), _BLOCK_SIZE, config.head_dim)
     cache = KVCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
     windows = tuple(dict.fromkeys(config.windows))
-    buffers = Buffers(kernels.activation_dtype(dtype))
+    buffers = Buffers(kernels.activation_dtype(dtype), kernels.device)
     steps: list[StepInputs] = []
     states: list[tuple[Tensor, Tensor | None]] = []
     for ids in sequences:

@@ -42,6 +42,8 @@ class SchedulerLimits:
     """Sequences that run at once at most."""
     max_draft_tokens: int = 0
     """Ids that are guessed for a sequence in a step at most."""
+    positions_ahead: int = 0
+    """How far the runner computes beyond what it is asked for. Sequences get blocks for it where some are to spare."""
     step_target: float = 0.0
     """Seconds that a step may take while sequences decode; 0 is so many times what they take alone."""
     window: int | None = None
@@ -358,6 +360,10 @@ class Scheduler:
         missing = self._blocks_for(sequence.computed + count) - len(sequence.blocks)
         if missing > self.pool.num_available:
             return False
+        early = self._blocks_for(sequence.computed + count + self.limits.positions_ahead) - len(sequence.blocks)
+        # Not a block that another running sequence may need for what it was asked for.
+        if early + len(self.running) <= self.pool.num_available:
+            missing = early
         if missing > 0:
             sequence.blocks += self.pool.allocate(missing)
         return True
