@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint format protos lock docs bench clean
+.PHONY: setup demo test soak lint format protos lock docs bench test-gpu bench-gpu clean
 SHELL := bash
 # UV fetches the demo model: .venv has no pip. PROMPT is exported, so that no shell reads it a second time: a prompt may hold quotes.
 export PROMPT = What is the capital of France?
@@ -11,6 +11,9 @@ demo: setup  ## a real model answers PROMPT through router, tokenizer service an
 
 test: setup  ## all tests
 	@UV=$$(scripts/uv.sh) .venv/bin/pytest $(ARGS)
+
+soak: setup  ## everything at once for 20 minutes, with a process killed or stopped every 20 seconds
+	@.venv/bin/python -m tests.faults.soak $(ARGS)
 
 lint: setup  ## formatting, types, folder rules, contracts, stubs, floors, containers
 	@.venv/bin/ruff format --check .
@@ -39,6 +42,12 @@ docs: setup  ## docs/settings.md
 
 bench: setup  ## the engine on the demo model, against transformers
 	@UV=$$(scripts/uv.sh) .venv/bin/python -m benchmarks.engine
+
+test-gpu:  ## the cuda backend against the reference, on this machine's first GPU
+	@scripts/gpu.sh benchmarks.gpu_check $(ARGS)
+
+bench-gpu:  ## the engine on this machine's first GPU, beside its limits, and vLLM where it is installed
+	@scripts/gpu.sh benchmarks.gpu_bench $(ARGS)
 
 clean:
 	rm -rf .venv .venv-protos .venv-floors .uv

@@ -21,6 +21,8 @@ from qwire.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from router.block_index import MAX_WORKERS, BlockIndex
+from router.cache_index import CacheIndex
 from router.config import RouterConfig
 from router.faces import AdminServicer, ModelServicer, TokenizerServicer
 from router.fleet import Fleet
@@ -38,7 +40,11 @@ async def serve(config: RouterConfig) -> int:
     """Runs the router until it is told to stop; returns the exit status."""
     tokenizer = TokenizerLink(config.tokenizer)
     router_id = uuid.uuid4().hex
-    links = [WorkerLink(target, router_id, tokenizer.send) for target in config.worker]
+    tables = [BlockIndex() for _ in range(0, len(config.worker), MAX_WORKERS)]
+    links = [
+        WorkerLink(target, router_id, tokenizer.send, CacheIndex(tables[number // MAX_WORKERS], number % MAX_WORKERS))
+        for number, target in enumerate(config.worker)
+    ]
     fleet = Fleet(links, config.worker_wait, POLICIES[config.placement])
     generation = GenerationServicer(config, fleet, tokenizer)
 
@@ -78,6 +84,7 @@ async def serve(config: RouterConfig) -> int:
 
     background = [asyncio.create_task(link.run()) for link in links]
     background.append(asyncio.create_task(tokenizer.run()))
+    background.append(asyncio.create_task(generation.flow.run()))
     background.append(asyncio.create_task(_follow_health(fleet, servers, config.worker_wait)))
     stopping = asyncio.Event()
     broken: list[BaseException] = []

@@ -8,57 +8,63 @@ from collections.abc import Iterator, Sequence
 
 import grpc
 
-from qwire.prefix import HASH_BYTES
 from qwire.v1 import worker_pb2 as pb
 from qwire.v1 import worker_pb2_grpc
+from router.block_index import BlockIndex, keys_of
 
 log = logging.getLogger(__name__)
+
+PIECE = 2048
+"""Blocks that are taken in at once: a few milliseconds."""
 
 REOPEN_SECONDS = 0.2
 """Between the end of a watch and the next: a worker that is asked for snapshots all the time gets nothing else done."""
 
 
 class CacheIndex:
-    """The hashes of the blocks that a worker can hit now. Never more than the worker has KV blocks, by its contract."""
+    """The blocks that one worker can hit now. Never more than the worker has KV blocks, by its contract.
 
-    def __init__(self) -> None:
-        self._held: set[bytes] = set()
-        self._snapshot: set[bytes] | None = set()
-        """What came of the snapshot; None once it is complete."""
+    Args:
+        blocks: where they are kept, with those of other workers; a table of its own if there is none.
+        worker: the worker's number there.
+    """
+
+    def __init__(self, blocks: BlockIndex | None = None, worker: int = 0) -> None:
+        self.blocks = BlockIndex() if blocks is None else blocks
+        self.worker = worker
+        self.complete = False
+        """Whether this is all that the worker holds, as of its last message. Before that it counts for nothing."""
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._held)
+        return self._count if self.complete else 0
 
-    @property
-    def held(self) -> frozenset[bytes]:
-        """All of them, as they are now."""
-        return frozenset(self._held)
-
-    @property
-    def complete(self) -> bool:
-        """Whether this is all that the worker holds, as of its last message."""
-        return self._snapshot is None
-
-    def leading(self, hashes: Sequence[bytes]) -> int:
+    def leading(self, keys: Sequence[int]) -> int:
         """How many of a chain's blocks the worker holds, up to the first that it doesn't."""
-        held = self._held
-        return next((index for index, block_hash in enumerate(hashes) if block_hash not in held), len(hashes))
+        return self.blocks.leading(keys, [self.worker])[self.worker] if self.complete else 0
 
     def clear(self) -> None:
         """Forgets everything; the next message begins a snapshot."""
-        self._held = set()
-        self._snapshot = set()
+        self.complete = False
+        if self._count:
+            self.blocks.drop(self.worker)
+            self._count = 0
 
     def take(self, message: pb.WatchCacheResponse) -> None:
         """Takes in a message of the watch. Raises ValueError where its hashes are none."""
-        stored = _hashes(message.stored)
-        if self._snapshot is None:
-            self._held.difference_update(_hashes(message.removed))
-            self._held.update(stored)
-            return
-        self._snapshot.update(stored)
-        if message.snapshot_end:
-            self._held, self._snapshot = self._snapshot, None
+        for _ in self._take(message):
+            pass
+
+    def _take(self, message: pb.WatchCacheResponse) -> Iterator[None]:
+        """As `take`, in pieces that keep nobody waiting."""
+        stored, removed = keys_of(message.stored), keys_of(message.removed)
+        for start in range(0, len(removed), PIECE):
+            self._count -= self.blocks.discard(self.worker, removed[start : start + PIECE])
+            yield
+        for start in range(0, len(stored), PIECE):
+            self._count += self.blocks.add(self.worker, stored[start : start + PIECE])
+            yield
+        self.complete = self.complete or message.snapshot_end
 
     async def follow(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         """Watches the worker's cache, and again whenever the watch ends, until cancelled; then nothing is held."""
@@ -66,7 +72,9 @@ class CacheIndex:
             while True:
                 try:
                     async for message in stub.WatchCache(pb.WatchCacheRequest()):
-                        self.take(message)
+                        for _ in self._take(message):
+                            if message.snapshot:
+                                await asyncio.sleep(0)
                 except grpc.aio.AioRpcError as error:
                     if self.complete:  # not each time that a worker can't be watched at all
                         log.info("watch of a cache ended: %s", error.code().name)
@@ -76,9 +84,3 @@ class CacheIndex:
                 await asyncio.sleep(REOPEN_SECONDS)
         finally:
             self.clear()
-
-
-def _hashes(data: bytes) -> Iterator[bytes]:
-    if len(data) % HASH_BYTES:
-        raise ValueError(f"{len(data)} bytes of hashes are no multiple of {HASH_BYTES}")
-    return (data[start : start + HASH_BYTES] for start in range(0, len(data), HASH_BYTES))

@@ -1,13 +1,14 @@
 """One choice of a stream: the ids and the text that it has got so far, and what of them is still to be written.
 
-Ids arrive from the worker in order and are kept, all of them: with the prompt, the resolved parameters and the seed
-they are what the choice could be continued from. Text arrives from the tokenizer service for a growing prefix of the
-ids. What the client hasn't been sent yet is one pending Delta, into which later output is merged: its size depends on
-how fast the client reads, the bytes that it carries do not.
+Ids arrive from the worker in order and are kept, all of them, in four bytes each: with the prompt, the resolved
+parameters and the seed they are what the choice could be continued from. Text arrives from the tokenizer service for a
+growing prefix of the ids. What the client hasn't been sent yet becomes one Delta when the client takes it: how many
+there are depends on how fast the client reads, the bytes that they carry do not.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class Choice:
         """Names the choice to the detokenizer."""
         self.spec = spec
         self.fail = fail
-        self.ids: list[int] = []
+        self._detokenized = spec.detokenized
+        self.ids = array("I")
         """Every id received until the choice was complete, those after a stop string in the same step too, behind those
         that a resuming client held."""
         self.complete = False
@@ -68,12 +70,17 @@ class Choice:
         self._held_bytes = 0
         """How many ids and bytes of text a resuming client held already: they are not in Deltas again."""
         self._delivered = 0
-        """How many of `ids` the client has, those in the pending Delta included."""
+        """How many of `ids` the client has or may have now."""
+        self._written = 0
+        """How many of those are in Deltas that were taken."""
         self._consumed = 0
         """How many of `ids` have become text."""
         self._text_bytes = 0
         """Length of that text."""
-        self._pending: pb.Delta | None = None
+        self._texts: list[str] = []
+        """What of it is in no Delta yet."""
+        self._text_offset = 0
+        """Where in the text that begins."""
         self._end: worker_pb2.EndReason.ValueType = worker_pb2.END_REASON_UNSPECIFIED
         self._match: str | None = None
 
@@ -95,25 +102,26 @@ class Choice:
         Args:
             end: how the ids end, unspecified where more are wanted.
         """
-        self.ids = list(held.token_ids)
-        self._held_ids = self._delivered = len(self.ids)
-        self._held_bytes = held.text_bytes if self.spec.want_text else 0
+        self.ids = array("I", held.token_ids)
+        self._held_ids = self._delivered = self._written = len(self.ids)
+        self._held_bytes = self._text_offset = held.text_bytes if self.spec.want_text else 0
         self._end = end
-        self.complete = held.finished or (self.ended_at_worker and not self.spec.detokenized)
+        self.complete = held.finished or (self.ended_at_worker and not self._detokenized)
 
     def receive(self, step: worker_pb2.SequenceStep, now: float) -> list[tokenizer_pb2.DetokenizeRequest]:
         """Takes in new ids; returns what the detokenizer is to be told. Raises IndexGap."""
-        if step.token_index != len(self.ids):
-            raise IndexGap(f"ids from index {step.token_index} on, {len(self.ids)} were there")
-        if len(self.ids) == self._held_ids:
+        first = len(self.ids)
+        if step.token_index != first:
+            raise IndexGap(f"ids from index {step.token_index} on, {first} were there")
+        if first == self._held_ids:
             self.first_token = now
         self.last_token = now
-        first = len(self.ids)
-        self.ids += step.token_ids
-        self._logprobs += step.logprobs
+        self.ids.extend(step.token_ids)
+        if step.logprobs:
+            self._logprobs += step.logprobs
         if step.HasField("end"):
             self._end = step.end.reason
-        if self.spec.detokenized:
+        if self._detokenized:
             return self._pushes(first)
         self._emit(len(self.ids), "")
         self.complete = self.ended_at_worker
@@ -147,8 +155,19 @@ class Choice:
 
     def take_delta(self) -> pb.Delta | None:
         """What is still to be written, once."""
-        pending, self._pending = self._pending, None
-        return pending
+        first, self._written = self._written, self._delivered
+        if first == self._written and not self._texts:
+            return None
+        delta = pb.Delta(choice=self.index, token_index=first, text_offset=self._text_offset)
+        if self.spec.want_ids:
+            delta.token_ids.extend(self.ids[first : self._written])
+        if self._logprobs:
+            delta.logprobs.extend(self._logprobs[first - self._held_ids : self._written - self._held_ids])
+        if self._texts:
+            delta.text = "".join(self._texts)
+            self._texts.clear()
+            self._text_offset = max(self._text_bytes, self._held_bytes)
+        return delta
 
     def finished(self) -> pb.Finished:
         """How it ended; prompt usage, timing and placement are the stream's to fill in."""
@@ -171,24 +190,15 @@ class Choice:
         return requests
 
     def _emit(self, consumed: int, text: str) -> None:
-        """Adds ids up to `consumed` and new text to the pending Delta."""
+        """Adds ids up to `consumed` and new text to what is to be written."""
         self._consumed = max(self._consumed, consumed)
-        ids = self.ids[self._delivered : consumed]
-        offset = max(self._text_bytes, self._held_bytes)
-        text = self._not_held(text) if self.spec.want_text else ""
-        if not (ids or text):
-            return
-        unread = self._pending is not None
-        if self._pending is None:
-            self._pending = pb.Delta(choice=self.index, token_index=self._delivered, text_offset=offset)
-        if self.spec.want_ids:
-            self._pending.token_ids.extend(ids)
-        if ids:
-            self._pending.logprobs.extend(self._logprobs[self._delivered - self._held_ids : consumed - self._held_ids])
-        self._pending.text += text
+        unread = self._delivered > self._written or bool(self._texts)
+        more = consumed > self._delivered
         self._delivered = max(self._delivered, consumed)
+        if text and self.spec.want_text and (text := self._not_held(text)):
+            self._texts.append(text)
         # Many ids at once, from a tokenizer service that was away for a while, are not the reader's fault.
-        if ids and unread and self._delivered - self._pending.token_index > self.spec.max_pending_tokens:
+        if more and unread and self._delivered - self._written > self.spec.max_pending_tokens:
             self.fail(
                 QwireError(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,

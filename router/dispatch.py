@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -31,7 +32,7 @@ class Work:
     """What workers are asked for, of which only the ids that a request has got so far change."""
 
     model: str
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     params: pb.ResolvedParams
     scope: bytes
     """Whose requests share cached blocks."""

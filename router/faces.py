@@ -109,6 +109,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             preemptions=sum(link.load.preemptions for link in links),
             drafted_tokens=sum(link.load.drafted_tokens for link in links),
             accepted_tokens=sum(link.load.accepted_tokens for link in links),
+            prompt_tokens=sum(link.load.prompt_tokens for link in links),
+            cached_tokens=sum(link.load.cached_tokens for link in links),
+            evictions=sum(link.load.evictions for link in links),
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> NoReturn:

@@ -14,6 +14,7 @@ from qwire import prefix
 from qwire.errors import QwireError, Reason
 from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
+from router.block_index import BlockIndex, keys_of
 from router.placement import Candidate, Policy
 from router.worker_link import WorkerLink
 
@@ -112,23 +113,24 @@ class Fleet:
             raise list(refused.values())[-1]
         if not moved:
             self.refuse_if_full(model, needs)
-        chains: dict[tuple[bytes, str, int], list[bytes]] = {}
-        candidates = {}
-        for index, link in enumerate(self.links):
-            info = link.info
-            if info is None or not link.ready or (link.full and not moved) or not wanted(link) or link in refused:
-                continue
-            cached = 0
-            if not bypass and len(link.cache):
-                profile = (info.model_fingerprint, info.kv_dtype, info.block_size)
-                if profile not in chains:
-                    chains[profile] = _usable_hashes(prompt_ids, info, scope)
-                cached = link.cache.leading(chains[profile]) * info.block_size
-            candidates[index] = Candidate(index, link.streams, link.pending_tokens, info.max_running, cached)
+        open_links = {
+            index: (link, link.info)
+            for index, link in enumerate(self.links)
+            if link.info is not None
+            and link.ready
+            and (moved or not link.full)
+            and wanted(link)
+            and link not in refused
+        }
+        cached = {} if bypass else _cached_tokens(open_links, prompt_ids, scope)
+        candidates = [
+            Candidate(index, link.streams, link.pending_tokens, info.max_running, cached.get(index, 0))
+            for index, (link, info) in open_links.items()
+        ]
         if not candidates:  # those that are not full have refused it, or differ
             raise _all_full()
         policy = self._policies.setdefault(model, self._policy())
-        chosen = policy.choose(list(candidates.values()), len(prompt_ids))
+        chosen = policy.choose(candidates, len(prompt_ids))
         link = self.links[chosen.index]
         if link.info is None:
             raise RuntimeError("a ready link has no worker")
@@ -180,6 +182,24 @@ def prefix_root(worker: pb.WorkerInfo, scope: bytes) -> bytes:
     return prefix.root(worker.model_fingerprint, worker.kv_dtype, worker.block_size, "", scope)
 
 
-def _usable_hashes(ids: Sequence[int], worker: pb.WorkerInfo, scope: bytes) -> list[bytes]:
-    """Hashes of the blocks that a worker may take from its cache: the last token is always computed."""
-    return prefix.block_hashes(prefix_root(worker, scope), ids[: len(ids) - 1], worker.block_size)
+def _cached_tokens(
+    links: Mapping[int, tuple[WorkerLink, pb.WorkerInfo]], ids: Sequence[int], scope: bytes
+) -> dict[int, int]:
+    """How many tokens of a prompt each worker's cache holds. The last token is always computed.
+
+    A chain of blocks is hashed once a profile, and looked up once in each table for all workers that have it there.
+    """
+    groups: dict[tuple[bytes, str, int], dict[BlockIndex, dict[int, int]]] = {}
+    for index, (link, info) in links.items():
+        if len(link.cache):
+            profile = (info.model_fingerprint, info.kv_dtype, info.block_size)
+            groups.setdefault(profile, {}).setdefault(link.cache.blocks, {})[link.cache.worker] = index
+    cached = {}
+    for (_, _, block_size), tables in groups.items():
+        _, info = links[next(iter(next(iter(tables.values())).values()))]
+        hashes = prefix.block_hashes(prefix_root(info, scope), ids[: len(ids) - 1], block_size)
+        keys = keys_of(b"".join(hashes))
+        for blocks, workers in tables.items():
+            for worker, count in blocks.leading(keys, workers).items():
+                cached[workers[worker]] = count * block_size
+    return cached

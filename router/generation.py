@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from router.choice import OutputSpec
 from router.config import RouterConfig
 from router.dispatch import Dispatch, Work
 from router.fleet import Fleet
+from router.flow import Flow
 from router.journal import Journal
 from router.live_requests import LiveRequests
 from router.tenant import cache_scope, tenant_key, tenant_of
@@ -34,9 +36,9 @@ PREVIOUS_ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A prompt's ids, and what the template's clock showed if one made them."""
+    """A prompt's ids, four bytes each, and what the template's clock showed if one made them."""
 
-    ids: list[int]
+    ids: array[int]
     template_time: int | None = None
 
 
@@ -47,6 +49,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._config = config
         self._fleet = fleet
         self._tokenizer = tokenizer
+        self.flow = Flow()
         self._next_sequence = 1
         self._live = LiveRequests(config.max_streams)
 
@@ -103,7 +106,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
                 max_pending_tokens=self._config.max_pending_tokens,
             )
-            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic)
+            journal = Journal(
+                spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic, self.flow
+            )
             live.attach(journal)
             params = resolved_params(sampling, stop, request.output, await self._bad_words(request), model)
             if resumed is not None:
@@ -165,17 +170,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def _prompt(self, request: pb.GenerateRequest, resumed: resume_pb2.ResumeState | None) -> _Prompt:
         match request.WhichOneof("input"):
             case "token_ids":
-                return _Prompt(list(request.token_ids.ids))
+                return _Prompt(array("I", request.token_ids.ids))
             case "text":
                 encode = tokenizer_pb2.EncodeRequest(model=request.model, texts=[request.text])
                 encoded = await relay(self._tokenizer.stub.Encode(encode))
-                return _Prompt(list(encoded.encodings[0].ids))
+                return _Prompt(array("I", encoded.encodings[0].ids))
             case _:
                 render = tokenizer_pb2.RenderChatRequest(model=request.model, chat=request.chat)
                 if resumed is not None and resumed.HasField("template_time"):
                     render.template_time = resumed.template_time
                 rendered = await relay(self._tokenizer.stub.RenderChat(render))
-                return _Prompt(list(rendered.token_ids), rendered.template_time)
+                return _Prompt(array("I", rendered.token_ids), rendered.template_time)
 
     async def _bad_words(self, request: pb.GenerateRequest) -> list[list[int]]:
         """The ids of each bad word, as a word by itself and behind a space."""

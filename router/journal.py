@@ -13,6 +13,7 @@ from qwire.errors import QwireError
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import tokenizer_pb2, worker_pb2
 from router.choice import Choice, IndexGap, OutputSpec
+from router.flow import Flow
 
 
 class Why(Enum):
@@ -39,10 +40,17 @@ class Journal:
     Args:
         sequences: one a choice, what names it to the detokenizer.
         arrival: when the request arrived, on `clock`, in seconds.
+        flow: says when the client may be written to; at once if there is none.
     """
 
     def __init__(
-        self, spec: OutputSpec, sequences: range, prompt_tokens: int, arrival: float, clock: Callable[[], float]
+        self,
+        spec: OutputSpec,
+        sequences: range,
+        prompt_tokens: int,
+        arrival: float,
+        clock: Callable[[], float],
+        flow: Flow | None = None,
     ) -> None:
         self.worker = ""
         """Id of the worker that runs it."""
@@ -68,7 +76,11 @@ class Journal:
         self._unfinished = set(range(len(sequences)))
         """Choices whose Finished isn't taken yet."""
         self._error: QwireError | None = None
-        self._changed = asyncio.Event()
+        self._turn = asyncio.Event()
+        """The client may be written to: at first, for there may be something of a resumed stream, and then whenever
+        there is something and its turn has come."""
+        self._turn.set()
+        self._valve = (flow or Flow()).valve(self._turn.set)
 
     # From the worker link.
 
@@ -99,14 +111,14 @@ class Journal:
             self._take_start(step.start)
         requests = choice.receive(step, self._clock())
         self.yielded = True
-        self._changed.set()
+        self._tell(choice)
         return requests
 
     def fail(self, error: QwireError) -> None:
         """Ends the stream with a status, unless it has ended already."""
         if self._error is None and not all(choice.complete for choice in self.choices):
             self._error = error
-            self._changed.set()
+            self._valve.force()
         if not self.admitted.done():
             self.admitted.set_exception(error)
             self.admitted.exception()  # or asyncio complains where the stream ends before anyone waits for it
@@ -128,19 +140,22 @@ class Journal:
         if choice.complete or self._error is not None:
             return
         choice.take_piece(piece)
-        self._changed.set()
+        self._tell(choice)
         self._drop_if_others_go_on(choice)
 
     # To the client.
 
     async def next_messages(self) -> list[pb.GenerateResponse]:
         """Waits for something to write and takes it. Raises QwireError once all before it is taken."""
-        while not (messages := self._take_messages()):
+        while True:
+            await self._turn.wait()
+            if messages := self._take_messages():
+                if self._error is None:
+                    self._turn.clear()
+                return messages
             if self._error is not None:
                 raise self._error
-            self._changed.clear()
-            await self._changed.wait()
-        return messages
+            self._turn.clear()
 
     @property
     def finished(self) -> bool:
@@ -172,6 +187,13 @@ class Journal:
     def ended_at_worker(self) -> bool:
         """Whether the worker is done with all of it by itself."""
         return all(choice.ended_at_worker for choice in self.choices)
+
+    def _tell(self, choice: Choice) -> None:
+        """There is something of a choice to write; its end is not waited with."""
+        if choice.complete:
+            self._valve.force()
+        else:
+            self._valve.knock()
 
     def _drop_if_others_go_on(self, choice: Choice) -> None:
         if choice.complete and not choice.ended_at_worker and not all(other.complete for other in self.choices):

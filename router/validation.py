@@ -11,6 +11,7 @@ import json
 import math
 import secrets
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -244,7 +245,7 @@ def _check_constraint(constraint: pb.Constraint, config: RouterConfig, found: Vi
 
 
 def check_prompt(
-    request: pb.GenerateRequest, prompt_ids: list[int], model: models_pb2.ModelInfo, config: RouterConfig
+    request: pb.GenerateRequest, prompt_ids: Sequence[int], model: models_pb2.ModelInfo, config: RouterConfig
 ) -> None:
     """Checks what depends on the model and on the prompt's tokens. Raises QwireError INVALID_ARGUMENT."""
     found = Violations()

@@ -49,13 +49,17 @@ class WorkerLink:
     """Of all links: with the router's id a number names one attempt for ever."""
 
     def __init__(
-        self, target: str, router_id: str, detokenize: Callable[[list[tokenizer_pb2.DetokenizeRequest]], None]
+        self,
+        target: str,
+        router_id: str,
+        detokenize: Callable[[list[tokenizer_pb2.DetokenizeRequest]], None],
+        cache: CacheIndex | None = None,
     ) -> None:
         self.target = target
         self.info: pb.WorkerInfo | None = None
         """What the worker said of itself when last linked."""
         self.load = pb.Load()
-        self.cache = CacheIndex()
+        self.cache = CacheIndex() if cache is None else cache  # an empty one is false
         """What its prefix cache holds."""
         self.ready = False
         self.changed = asyncio.Event()

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import click
-import torch
 
 from qwire.service.config import EXIT_CONFIGURATION, EXIT_UNUSABLE_MODEL, ConfigError, command
 from qwire.service.server import Listener, Server, run, until_signal
@@ -24,11 +23,12 @@ from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 from worker.identity import describe, read_digests
-from worker.kernels import ChosenKernels, NativeError, choose_kernels, pin_threads, usable_cpus
+from worker.kernels import pin_threads, usable_cpus
+from worker.loading import connect, load, threads_of
 from worker.model import ModelConfig, ModelError, check_shares, resolve_quantization, weights_state
 from worker.parallel import LOST, Group, GroupError, Place, run_ranks
 from worker.runner.parallel import ParallelRunner, follow
-from worker.runner.runner import TorchRunner, kv_bytes_per_block, resolve_dtype
+from worker.runner.runner import TorchRunner
 
 log = logging.getLogger(__name__)
 
@@ -60,66 +60,6 @@ class Remembered:
         place.remember(json.dumps(asdict(self)))
 
 
-def load(config: WorkerConfig, group: Group) -> TorchRunner:
-    """Loads a rank's share of the model and makes room for its KV cache. Raises ModelError or ConfigError."""
-    started = time.monotonic()
-    model = ModelConfig.read(config.model)
-    chosen = _choose(config, model, group)
-    kv_dtype = resolve_dtype(model, config.dtype if config.kv_dtype == "auto" else config.kv_dtype)
-    block_bytes = kv_bytes_per_block(model, kv_dtype, config.block_size, group.world)
-    num_blocks = config.kv_blocks or config.kv_cache_mib * 1024 * 1024 // block_bytes
-    if num_blocks < 1:
-        raise ConfigError(f"--kv-cache-mib: one block takes {block_bytes} bytes")
-    runner = TorchRunner(
-        config.model,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        dtype=config.dtype,
-        kv_dtype=config.kv_dtype,
-        quantize=config.quantize,
-        kernels=chosen.kernels,
-        group=group,
-    )
-    if chosen.kernels.name == "cpu":
-        torch.set_num_threads(1)  # beside the kernels' own threads, torch's would only be in the way
-    log.info(
-        "rank %d of %d loaded %s in %.1f s: weights %s, KV %s, %d threads, %d KV blocks of %d (%d MiB in all)",
-        group.rank,
-        group.world,
-        config.name,
-        time.monotonic() - started,
-        runner.dtype if runner.quantization == "none" else f"{runner.quantization} and {runner.dtype}",
-        runner.kv_dtype,
-        _threads(config, group),
-        num_blocks,
-        config.block_size,
-        num_blocks * block_bytes // 2**20,
-    )
-    return runner
-
-
-def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKernels:
-    """The backend, with this rank's threads. Raises ConfigError."""
-    threads = _threads(config, group)
-    try:
-        chosen = choose_kernels(config.backend, config.isa, head_dim=model.head_dim, threads=threads)
-    except NativeError as error:
-        raise ConfigError(f"--{'backend' if config.isa == 'auto' else 'isa'}: {error}") from error
-    torch.set_num_threads(threads)
-    log.info(
-        "backend %s, instruction set %s (%s), torch %s",
-        chosen.kernels.name,
-        chosen.kernels.isa,
-        chosen.why,
-        torch.__version__,
-    )
-    return chosen
-
-
-def _threads(config: WorkerConfig, group: Group) -> int:
-    return config.threads or max(1, len(usable_cpus()) // group.world)
-
-
 def launch(config: WorkerConfig) -> None:
     """Runs the ranks until one of them ends the worker; exits with the worker's status. Raises ConfigError."""
     Listener(config.listen, config.insecure_bind).check()
@@ -149,7 +89,7 @@ def rank_main(config: WorkerConfig, place: Place) -> int:
         if place.rank == 0:
             run(lambda: serve(config, place, group, remembered))
         runner = load(config, group)
-        group.connect(place.meeting, timeout=config.collective_timeout)
+        connect(config, group, place, runner)
         follow(runner, group)
     except ModelError as error:
         log.error("can't serve %s: %s", config.model, error)
@@ -175,18 +115,26 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
         asyncio.to_thread(load, config, group), asyncio.to_thread(read_digests, config.model, known)
     )
     grammars = Grammars.of(config.model, runner.config.vocab_size, runner.config.eos_token_ids)
+    connect(config, group, place, runner)
     info = describe(config, runner, digests, constraints=grammars is not None)
-    group.connect(place.meeting, timeout=config.collective_timeout)
     lost = asyncio.Event()
     ranks = _leader(config, runner, group, lost) if group.world > 1 else None
     face = WorkerFace(info, grammars)
     engine = Engine(
         ranks or runner,
-        SchedulerLimits(config.max_step_tokens, config.max_running, max_draft_tokens=config.speculation),
+        SchedulerLimits(
+            config.max_step_tokens,
+            config.max_running,
+            step_target=config.step_target_ms / 1000,
+            window=runner.window,
+            max_draft_tokens=config.speculation,
+            positions_ahead=runner.positions_ahead,
+        ),
         max_waiting=config.max_waiting,
         clock=time.monotonic,
         deliver=face.deliver,
         fault=face.fault,
+        check_steps=config.check_steps,
     )
     face.attach(engine)
     server = Server(
@@ -204,7 +152,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     # Before anyone can know the address, or a group that dies now would leave it behind.
     Remembered(address, digests.weights, state).leave(place)
     print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
-    if group.world == 1 and _threads(config, group) == len(usable_cpus()):
+    if group.world == 1 and threads_of(config, group) == len(usable_cpus()):
         # Threads that have all CPUs for themselves stay on them; others might be put on top of another process's. The
         # engine's is the next to call a kernel.
         pin_threads(runner.kernels, usable_cpus())

@@ -90,7 +90,7 @@ def run_case(runner: TorchRunner, case: Case, max_step_tokens: int) -> tuple[lis
     """Seconds of the steps before all sequences decode, and of those in which they all do and nothing else."""
     engine = Engine(
         runner,
-        SchedulerLimits(max_step_tokens, max_running=case.batch),
+        SchedulerLimits(max_step_tokens, max_running=case.batch, positions_ahead=runner.positions_ahead),
         max_waiting=case.batch,
         clock=time.perf_counter,
         deliver=_ignore,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -27,7 +28,8 @@ class WorkerConfig:
     worker_id: str = setting(default="", help="Names the worker in placements and logs; host and process id if empty.")
     backend: str = setting(
         default="auto",
-        help="Kernels: cpu (compiled at install), reference (plain torch), or auto: cpu where there is one.",
+        help="Kernels: cuda (an NVIDIA GPU), cpu (compiled at install), reference (plain torch), or auto: the first of "
+        "these that is there.",
         type=click.Choice(["auto", *BACKENDS]),
     )
     isa: str = setting(
@@ -39,7 +41,7 @@ class WorkerConfig:
     dtype: str = setting(
         default="auto",
         help="What weights are kept in that are not quantized; auto is the checkpoint's own. The reference kernels "
-        "compute in it, the cpu kernels in float32.",
+        "and cuda kernels compute in it, the cpu kernels in float32.",
         type=click.Choice(["auto", *DTYPES]),
     )
     quantize: str = setting(
@@ -50,10 +52,34 @@ class WorkerConfig:
     kv_dtype: str = setting(
         default="auto", help="What keys and values are kept in; auto is as dtype.", type=click.Choice(["auto", *DTYPES])
     )
-    kv_cache_mib: int = setting(default=1024, help="Memory for keys and values, of all ranks together, in MiB.")
+    kv_cache_mib: int = setting(
+        default=0,
+        help="Memory for keys and values, of all ranks together, in MiB; 0 takes 1,024 on CPUs, and on GPUs what "
+        "gpu_memory_utilization leaves.",
+    )
     kv_blocks: int = setting(default=0, help="Number of KV blocks; 0 takes as many as kv_cache_mib holds.")
-    block_size: int = setting(default=16, help="Positions in a KV block: a power of two up to 256.")
+    block_size: int = setting(
+        default=0,
+        help="Positions in a KV block: a power of two up to 256; 0 takes 16, and on GPUs what attention likes best "
+        "(256 for flash-attn 2, which takes no other).",
+    )
+    gpu_memory_utilization: float = setting(
+        default=0.9,
+        help="Share of a GPU's memory that a rank may use. What weights and the largest step leave of it is for keys "
+        "and values, unless kv_cache_mib or kv_blocks says how much.",
+    )
+    attention: Literal["auto", "flash", "torch"] = setting(
+        default="auto",
+        help="Of the cuda kernels: flash (flash-attn 2, 3 or 4), torch (slow), or auto: flash where there is one.",
+        type=click.Choice(["auto", "flash", "torch"]),
+    )
+    cuda_graphs: bool = setting(default=True, help="Of the cuda kernels: record decode steps, and replay them.")
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
+    step_target_ms: float = setting(
+        default=0.0,
+        help="Milliseconds that a step may take while sequences decode: chunks of prompts are made as small as that "
+        "takes. 0 is twice what the sequences that decode take alone, at least 10.",
+    )
     max_running: int = setting(default=64, help="Sequences that run at once.")
     max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
     speculation: int = setting(
@@ -61,6 +87,11 @@ class WorkerConfig:
         help="Tokens that a step guesses for a sequence at most, by looking up what followed where its last ones came "
         "before, and keeps if they are what is drawn: output is the same without. As many as are likely to pay are "
         "guessed; 0 guesses none.",
+    )
+    check_steps: bool = setting(
+        default=False,
+        help="Verify the books of scheduler and block pool after every step, and end where they are broken: for tests "
+        "and for hunting a fault.",
     )
     tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
     collective_timeout: float = setting(
@@ -74,18 +105,20 @@ class WorkerConfig:
     grace: float = setting(default=30.0, help="Seconds that running requests get when the worker is told to stop.")
 
     def __post_init__(self) -> None:
-        for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib", "tp"):
+        for name in ("max_step_tokens", "max_running", "max_waiting", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
-        for name in ("kv_blocks", "speculation", "threads", "grace"):
+        for name in ("kv_blocks", "kv_cache_mib", "step_target_ms", "speculation", "threads", "grace"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
         if self.collective_timeout < 1:
             raise ConfigError(f"--collective-timeout: must be at least 1 second, not {self.collective_timeout:g}")
-        if self.block_size < 1 or 256 % self.block_size:
+        if self.block_size < 0 or (self.block_size and 256 % self.block_size):
             raise ConfigError(f"--block-size: must be a power of two up to 256, not {self.block_size}")
-        if self.isa != "auto" and self.backend == "reference":
-            raise ConfigError(f"--isa: {self.isa} is for the cpu kernels, and --backend says reference")
+        if self.isa != "auto" and self.backend in ("reference", "cuda"):
+            raise ConfigError(f"--isa: {self.isa} is for the cpu kernels, and --backend says {self.backend}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization: must be in (0, 1], not {self.gpu_memory_utilization:g}")
 
     @property
     def name(self) -> str:

@@ -106,6 +106,9 @@ def load_frame(load: LoadReport, submits_seen: int) -> pb.Load:
         preemptions=load.preemptions,
         drafted_tokens=load.drafted_tokens,
         accepted_tokens=load.accepted_tokens,
+        prompt_tokens=load.prompt_tokens,
+        cached_tokens=load.cached_tokens,
+        evictions=load.evictions,
     )
 
 

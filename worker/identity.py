@@ -19,8 +19,13 @@ from worker.runner.runner import TorchRunner
 
 REFERENCE_NUMERICS_VERSION = 2
 CPU_NUMERICS_VERSION = 2
+CUDA_NUMERICS_VERSION = 1
 """To be counted up whenever these kernels give other bits than before."""
-NUMERICS_VERSIONS = {"reference": REFERENCE_NUMERICS_VERSION, "cpu": CPU_NUMERICS_VERSION}
+NUMERICS_VERSIONS = {
+    "reference": REFERENCE_NUMERICS_VERSION,
+    "cpu": CPU_NUMERICS_VERSION,
+    "cuda": CUDA_NUMERICS_VERSION,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
     """
     model = runner.config
     dtype, kv_dtype = (str(kind).removeprefix("torch.") for kind in (runner.dtype, runner.kv_dtype))
+    boot_id = uuid.uuid4().hex
     fingerprint = _hash(digests.weights, digests.config)
     numerics = _hash(
         fingerprint.hex(),
@@ -62,6 +68,8 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
         # Sampling is torch's under either backend.
         f"torch on {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"tp {config.tp} pp 1",
+        # Results that follow the batch are nobody else's, nor this worker's when it starts anew.
+        *([] if runner.kernels.batch_invariant else [f"boot {boot_id}"]),
         grammar_numerics(),
     )
     capabilities = [models_pb2.CAPABILITY_GENERATE]
@@ -73,7 +81,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
         features.append(pb.FEATURE_CONSTRAINTS)
     return pb.WorkerInfo(
         worker_id=config.id,
-        boot_id=uuid.uuid4().hex,
+        boot_id=boot_id,
         model=models_pb2.ModelInfo(
             name=config.name,
             architecture=model.architecture,

@@ -30,12 +30,19 @@ def _folder(model: str) -> str:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--format", "format_", type=click.Choice(["int8", "int4"]), required=True, help="Of the weights.")
-def quantize(model: str, out: Path, format_: str) -> None:
-    """Writes a model with quantized weights to the folder OUT, for faster starts than quantizing while loading.
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A UTF-8 text like what the model will meet, to choose int4 weights by, instead of qwire's own.",
+)
+def quantize(model: str, out: Path, format_: str, text: Path | None) -> None:
+    """Writes a model with quantized weights to the folder OUT: for faster starts than quantizing while loading, and
+    for int4, better weights.
 
     MODEL is a folder, a hub id such as Qwen/Qwen3-0.6B, or demo.
     """
-    _worker("quantize", _folder(model), str(out), "--format", format_)
+    chosen = () if text is None else ("--text", str(text))
+    _worker("quantize", _folder(model), str(out), "--format", format_, *chosen)
 
 
 @click.command()

@@ -22,7 +22,7 @@ _MARGIN_SECONDS = 5.0
 @click.option("--served-model-name", metavar="NAME", help="What requests call the model.  [default: as MODEL]")
 @click.option("--dtype", metavar="NAME", help="What weights are kept in that are not quantized, such as float32.")
 @click.option("--quantize", metavar="FORMAT", help="What weights are quantized to: none, int8 or int4.")
-@click.option("--backend", metavar="NAME", help="Kernels of the workers: auto, cpu or reference.")
+@click.option("--backend", metavar="NAME", help="Kernels of the workers: auto, cuda, cpu or reference.")
 @click.option("--kv-cache-mib", type=click.IntRange(1), metavar="MIB", help="Memory for each worker's KV cache.")
 @click.option("--workers", type=click.IntRange(1, 999), default=1, help="Worker processes, each with the whole model.")
 @click.option(

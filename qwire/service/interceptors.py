@@ -61,6 +61,69 @@ class OpenEndedCalls:
             raise (stopping if scope.expired() else TimeoutError) from None
 
 
+class Writes:
+    """Bounds how long one write may be stuck, by looks at all streams: a timer for each message would cost more than
+    what the message holds.
+
+    Looks are counted rather than seconds, for a process that was stopped and woken finds its clock ahead.
+    """
+
+    LOOKS = 10
+    """A write over so many looks is stuck."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._streams: set[StreamWrites] = set()
+        self._looking: asyncio.TimerHandle | None = None
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[StreamWrites]:
+        """Encloses a stream of messages. Raises QwireError RESOURCE_EXHAUSTED where a write is stuck."""
+        scope = asyncio.timeout(None)
+        stream = StreamWrites(scope)
+        try:
+            async with scope:
+                self._streams.add(stream)
+                if self._looking is None:
+                    self._look_later()
+                try:
+                    yield stream
+                finally:
+                    self._streams.discard(stream)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise QwireError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the stream was not read for {self.timeout:g} s",
+                reason=Reason.SLOW_READER,
+            ) from None
+
+    def _look_later(self) -> None:
+        self._looking = asyncio.get_running_loop().call_later(self.timeout / self.LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._looking = None
+        for stream in self._streams:
+            if stream.writing:
+                stream.looks += 1
+                if stream.looks > self.LOOKS:
+                    stream.scope.reschedule(asyncio.get_running_loop().time())
+        if self._streams:
+            self._look_later()
+
+
+class StreamWrites:
+    """One stream's. `writing` is true, and `looks` counts, while a message is handed to gRPC."""
+
+    __slots__ = ("looks", "scope", "writing")
+
+    def __init__(self, scope: asyncio.Timeout) -> None:
+        self.scope = scope
+        self.writing = False
+        self.looks = 0
+
+
 class BoundaryInterceptor(grpc.aio.ServerInterceptor):
     """Parses requests, refuses unknown fields, bounds writes, and turns exceptions into statuses.
 
@@ -69,7 +132,7 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, write_timeout: float) -> None:
         self.open_ended = OpenEndedCalls()
-        self._write_timeout = write_timeout
+        self._writes = Writes(write_timeout)
 
     async def intercept_service(
         self,
@@ -79,7 +142,7 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None  # grpc answers UNIMPLEMENTED
-        guard = _Guard(handler_call_details.method, handler, self._write_timeout, self.open_ended)
+        guard = _Guard(handler_call_details.method, handler, self._writes, self.open_ended)
         serialize = handler.response_serializer
         match handler.request_streaming, handler.response_streaming:
             case True, True:
@@ -95,12 +158,12 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
 class _Guard:
     """One method's behaviour over raw bytes."""
 
-    def __init__(self, method: str, handler: Any, write_timeout: float, open_ended: OpenEndedCalls) -> None:
+    def __init__(self, method: str, handler: Any, writes: Writes, open_ended: OpenEndedCalls) -> None:
         self._method = method
         self._behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         self._request_streaming = handler.request_streaming
         self._parse = _parser(handler.request_deserializer)
-        self._write_timeout = write_timeout
+        self._writes = writes
         self._open_ended = open_ended
 
     async def unary(self, request: Any, context: Context) -> Any:
@@ -127,20 +190,12 @@ class _Guard:
         return _parse_each(request, self._parse) if self._request_streaming else self._parse(request)
 
     async def _write_all(self, context: Context, result: Any) -> None:
-        async with aclosing(result) as messages:
+        write = context.write
+        async with self._writes.stream() as stream, aclosing(result) as messages:
             async for message in messages:
-                await self._write(context, message)
-
-    async def _write(self, context: Context, message: Any) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout):
-                await context.write(message)
-        except TimeoutError:
-            raise QwireError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the stream was not read for {self._write_timeout:g} s",
-                reason=Reason.SLOW_READER,
-            ) from None
+                stream.looks, stream.writing = 0, True
+                await write(message)
+                stream.writing = False
 
     async def _end(self, context: Context, error: Exception) -> None:
         """Ends the call with a status. Never returns: grpc raises."""

@@ -200,6 +200,9 @@ class GetStateResponse(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
     active_streams: _builtins.int
     """Streams that this router is serving."""
     blocks_in_use: _builtins.int
@@ -215,6 +218,13 @@ class GetStateResponse(_message.Message):
     drafted_tokens: _builtins.int
     """Ids that workers guessed, and those of them that were then drawn, over all workers since they started."""
     accepted_tokens: _builtins.int
+    prompt_tokens: _builtins.int
+    """Prompt tokens of requests that have begun, and those of them that were found in a prefix cache, over all workers
+    since they started.
+    """
+    cached_tokens: _builtins.int
+    evictions: _builtins.int
+    """How often blocks that held cached prefixes were given to other uses, over all workers since they started."""
     def __init__(
         self,
         *,
@@ -227,10 +237,13 @@ class GetStateResponse(_message.Message):
         preemptions: _builtins.int = ...,
         drafted_tokens: _builtins.int = ...,
         accepted_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

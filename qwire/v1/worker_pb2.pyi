@@ -872,6 +872,9 @@ class Load(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -888,6 +891,13 @@ class Load(_message.Message):
     drafted_tokens: _builtins.int
     """Ids that were guessed for sequences, and those of them that were then drawn, since the worker started."""
     accepted_tokens: _builtins.int
+    prompt_tokens: _builtins.int
+    """Prompt tokens of requests that have begun, and those of them that were found in the prefix cache, since the worker
+    started.
+    """
+    cached_tokens: _builtins.int
+    evictions: _builtins.int
+    """How often a block that held a cached prefix was given to another use since the worker started."""
     def __init__(
         self,
         *,
@@ -901,10 +911,13 @@ class Load(_message.Message):
         preemptions: _builtins.int = ...,
         drafted_tokens: _builtins.int = ...,
         accepted_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        evictions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

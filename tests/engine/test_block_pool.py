@@ -131,6 +131,7 @@ def test_unhashed_blocks_are_reused_before_cached_ones_and_tails_before_heads() 
     assert set(pool.allocate(3)).isdisjoint(chain)
     assert pool.allocate(1) == [chain[2]]
     assert pool.lookup([block_hash(0), block_hash(1), block_hash(2)]) == chain[:2]
+    assert pool.evictions == 1
 
 
 def test_blocks_to_copy_from_are_reused_after_unknown_ones_and_the_oldest_first() -> None:

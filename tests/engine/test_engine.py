@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,13 @@ class Harness:
     """An engine that is stepped by hand."""
 
     def __init__(
-        self, *, num_blocks: int = 64, block_size: int = 4, max_step_tokens: int = 32, max_running: int = 8
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_step_tokens: int = 32,
+        max_running: int = 8,
+        positions_ahead: int = 0,
     ) -> None:
         self.runner = FakeRunner(num_blocks, block_size)
         self.now = 0.0
@@ -34,7 +40,7 @@ class Harness:
         self.expired: list[Hashable] = []
         self.engine = Engine(
             self.runner,
-            SchedulerLimits(max_step_tokens, max_running),
+            SchedulerLimits(max_step_tokens, max_running, positions_ahead=positions_ahead),
             max_waiting=100,
             clock=lambda: self.now,
             deliver=self.take,
@@ -120,6 +126,34 @@ def test_out_of_blocks_the_newest_is_preempted_and_nothing_changes() -> None:
     harness.run()
     assert harness.engine.scheduler.preemptions > 0
     assert harness.ids == {str(number): continuation(prompt, 20) for number, prompt in enumerate(prompts)}
+
+
+def test_a_runner_that_computes_ahead_has_the_blocks_for_it_where_there_are_some() -> None:
+    """And takes none from others: with few blocks, the same sequences are preempted as without."""
+    seen = {}
+    for ahead in (0, 1):
+        roomy, tight = (Harness(num_blocks=count, positions_ahead=ahead) for count in (64, 9))
+        tables: list[int] = []
+        for harness in (roomy, tight):
+            for number in range(3):
+                harness.submit(f"r{number}", [number] * 6, 14)
+        execute = roomy.runner.execute
+
+        def watched(
+            plan: StepPlan,
+            execute: Callable[[StepPlan], list[list[Drawn]]] = execute,
+            tables: list[int] = tables,
+        ) -> list[list[Drawn]]:
+            tables += [4 * len(chunk.block_table) - chunk.start - len(chunk.token_ids) for chunk in plan.chunks]
+            return execute(plan)
+
+        roomy.runner.execute = watched  # type: ignore[method-assign]
+        roomy.run()
+        tight.run()
+        assert roomy.ids == tight.ids
+        assert min(tables) == ahead
+        seen[ahead] = (roomy.ids, tight.engine.scheduler.preemptions)
+    assert seen[0] == seen[1] and seen[0][1] > 0
 
 
 def test_a_step_stays_within_its_budget_and_decodes_come_first() -> None:

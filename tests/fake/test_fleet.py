@@ -53,7 +53,7 @@ async def test_several_routers_are_served_alike(fleet: Fleet) -> None:
         ]
         await asyncio.gather(*(ask(router, clients[router], number) for number in range(48) for router in (0, 1)))
     first_half = order[:48]
-    assert 12 <= first_half.count(0) <= 36
+    assert 4 <= first_half.count(0) <= 44
 
 
 async def test_streams_of_a_killed_worker_go_on_at_the_other(fleet: Fleet) -> None:

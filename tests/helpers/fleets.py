@@ -3,6 +3,7 @@ service unless one is started: requests give ids and want ids."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from qwire import _child
+from qwire._supervise import LISTENING
 from qwire.v1 import admin_pb2, admin_pb2_grpc
 
 START_SECONDS = 60
@@ -30,6 +32,8 @@ class Service:
     process: subprocess.Popen[bytes]
     address: str
     log: Path
+    argv: Sequence[str]
+    """What starts it again."""
 
     @property
     def pid(self) -> int:
@@ -50,6 +54,17 @@ class Service:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(10)
+
+    def wait_for_address(self) -> str:
+        """Where it listens, once it has said so: port 0 has become a real one."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            for line in self.log.read_text().splitlines():
+                if line.startswith(LISTENING):
+                    self.address = line.removeprefix(LISTENING)
+                    return self.address
+            time.sleep(0.02)
+        raise RuntimeError(f"{self.name} didn't start:\n{self.log.read_text()}")
 
     def wait_until_serving(self) -> None:
         """Raises RuntimeError, with the log, where it doesn't come to that."""
@@ -74,27 +89,50 @@ class Fleet:
     folder: Path
     services: dict[str, Service] = field(default_factory=dict)
 
-    def start(self, name: str, module: str, *flags: str, core: int | None = None) -> Service:
+    def start(self, name: str, module: str, *flags: str, core: int | None = None, listen: str = "") -> Service:
         """Starts `python -m module serve`, on one core if it is given; doesn't wait for it."""
-        address = f"unix:{self.folder}/{name}.sock"
-        argv = [sys.executable, "-m", module, "serve", "--listen", address, *flags]
+        argv = [sys.executable, "-m", module, "serve", *flags]
         if core is not None:
             argv = ["taskset", "--cpu-list", str(core), *argv]
+        return self._start(name, argv, listen or f"unix:{self.folder}/{name}.sock")
+
+    def _start(self, name: str, argv: Sequence[str], address: str) -> Service:
         log = self.folder / f"{name}.log"
         with log.open("ab") as file:
-            process = subprocess.Popen(_child.command(argv), stdout=file, stderr=file)
-        self.services[name] = Service(name, process, address, log)
+            process = subprocess.Popen(
+                _child.command([*argv, "--listen", address]), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+        self.services[name] = Service(name, process, address, log, argv)
         return self.services[name]
 
-    def start_worker(self, number: int, *flags: str, core: int | None = None) -> Service:
-        name = f"worker-{number}"
-        return self.start(name, "worker.fake", "--worker-id", name, *flags, core=core)
+    def restart(self, name: str) -> Service:
+        """Kills a service and starts it again where it was; doesn't wait for it."""
+        service = self.services[name]
+        service.kill()
+        return self._start(name, service.argv, service.address)
 
-    def start_router(self, number: int, *flags: str, core: int | None = None) -> Service:
-        """On all workers that were started, and the service named tokenizer or none."""
+    @property
+    def memory(self) -> int:
+        """Bytes of all processes; what is being started counts as far as it is."""
+        found = 0
+        for service in list(self.services.values()):
+            with contextlib.suppress(OSError):
+                found += service.memory
+        return found
+
+    def state(self, router: int = 0) -> admin_pb2.GetStateResponse:
+        with grpc.insecure_channel(f"unix:{self.folder}/admin-{router}.sock") as channel:
+            return admin_pb2_grpc.AdminServiceStub(channel).GetState(admin_pb2.GetStateRequest(), timeout=5)
+
+    def start_worker(self, number: int, *flags: str, core: int | None = None, module: str = "worker.fake") -> Service:
+        name = f"worker-{number}"
+        return self.start(name, module, "--worker-id", name, *flags, core=core)
+
+    def start_router(self, number: int, *flags: str, core: int | None = None, tokenizer: str = "") -> Service:
+        """On all workers that were started, and the service named tokenizer if no target is given, which needn't be."""
         targets = [flag for name in self.named("worker") for flag in ("--worker", self.services[name].address)]
         admin = f"unix:{self.folder}/admin-{number}.sock"
-        tokenizer = f"unix:{self.folder}/tokenizer.sock"
+        tokenizer = tokenizer or f"unix:{self.folder}/tokenizer.sock"
         return self.start(
             f"router-{number}",
             "router",

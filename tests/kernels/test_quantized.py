@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.kernels.calibrated import quantize_for
 from worker.kernels.quantized import GROUP, Format, bits_per_weight, dequantize, groups, quantize
 
 FORMATS = st.sampled_from(["int8", "int4"])
@@ -71,3 +72,36 @@ def test_odd_values(format: Format) -> None:  # noqa: A002
     assert bool((back[:2].abs() < 1e-28).all())
     error = (back - weight).abs().amax(1)
     assert bool((error <= weight.abs().amax(1) * {"int8": 0.005, "int4": 0.07}[format] + 1e-28).all())
+
+
+def correlated_rows(size: int) -> torch.Tensor:
+    """Rows as layers see them: far fewer directions than features, and some features much larger than others."""
+    generator = torch.Generator().manual_seed(3)
+    few = torch.randn(2000, size // 4, generator=generator) @ torch.randn(size // 4, size, generator=generator)
+    return (few + torch.randn(2000, size, generator=generator)) * torch.rand(size, generator=generator).square()
+
+
+@pytest.mark.parametrize("size", [160, 200, 70])
+def test_calibrated_weights_err_less_on_rows_like_those_seen(size: int) -> None:
+    weight = torch.randn(64, size, generator=torch.Generator().manual_seed(4)).bfloat16()
+    seen, rows = torch.split(correlated_rows(size), 1000)
+    made = quantize_for(weight, seen.t() @ seen)
+
+    def error(quantized: torch.Tensor) -> float:
+        return relative_error(rows @ quantized.t(), rows @ weight.float().t())
+
+    assert error(dequantize(made)) < 0.7 * error(dequantize(quantize(weight, "int4")))
+    plain = quantize(weight, "int4")
+    assert (made.q.shape, made.scale.shape, made.scale.dtype) == (plain.q.shape, plain.scale.shape, torch.bfloat16)
+    assert made.zero is not None and int(made.zero.max()) <= 15
+    assert not bool((made.scale.view(torch.int16) & 15).any()), "an int4 scale's low bits hold the zero point"
+
+
+def test_moments_that_say_nothing() -> None:
+    weight = torch.randn(8, 64)
+    for moments in (torch.zeros(64, 64), torch.full((64, 64), torch.nan), torch.full((64, 64), torch.inf)):
+        assert torch.equal(quantize_for(weight, moments).q, quantize(weight, "int4").q)
+    one = torch.zeros(64, 64)
+    one[5, 5] = 1.0
+    made = dequantize(quantize_for(weight, one))
+    assert bool(torch.isfinite(made).all()) and relative_error(made, weight) < 0.2

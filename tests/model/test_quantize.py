@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from tests.helpers.steps import logits_of, table
+from tests.helpers.tokenizers import tiny_tokenizer_json, write_tokenizer
 from worker.kernels import QUANTIZED_FORMATS, ReferenceKernels
 from worker.kernels.quantized import Format
 from worker.model import ModelConfig, ModelError, Shard, load_model
@@ -38,12 +39,45 @@ def test_stored_is_what_loading_makes(tmp_path: Path, format: Format, tie: bool)
     assert 0.0 < error < {"int8": 0.05, "int4": 0.4}[format]
 
 
+def test_int4_is_calibrated_where_there_is_a_tokenizer(tmp_path: Path) -> None:
+    """Weights differ from rounded ones, and the model is nearer to itself on such a text."""
+    source = write_random_qwen3(tmp_path / "in", heads=4, kv_heads=2, dtype="bfloat16")
+    text = tmp_path / "text.txt"
+    text.write_text("Rain fell on the harbour all night, and in the morning it was falling still. " * 20)
+    ids = list(text.read_bytes()[:70])  # as good as any: the tokenizer knows bytes alone
+    quantize_folder(source, tmp_path / "rounded", "int4")
+    write_tokenizer(source, tiny_tokenizer_json())
+    quantize_folder(source, tmp_path / "calibrated", "int4", text=text)
+    blocks = table(0, len(ids), 16)
+    plain, rounded, calibrated = (
+        logits_of(TorchRunner(folder, num_blocks=8, kernels=ReferenceKernels()), ids, blocks, [70])
+        for folder in (source, tmp_path / "rounded", tmp_path / "calibrated")
+    )
+    assert (calibrated - plain).norm() < 0.9 * (rounded - plain).norm()
+
+
+def test_texts_and_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
+    source = write_tokenizer(write_random_qwen3(tmp_path / "in"), tiny_tokenizer_json())
+    text = tmp_path / "text.txt"
+    text.write_text("")
+    with pytest.raises(ModelError, match=r"text\.txt: has nothing to calibrate on"):
+        quantize_folder(source, tmp_path / "out", "int4", text=text)
+    text.write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"text\.txt: cannot be read"):
+        quantize_folder(source, tmp_path / "out", "int4", text=text)
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read"):
+        quantize_folder(source, tmp_path / "out", "int4")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_folder_holds(tmp_path: Path) -> None:
     source = write_random_qwen3(tmp_path / "in", tie=False, dtype="bfloat16")
-    (source / "tokenizer.json").write_text("{}")
+    write_tokenizer(source, tiny_tokenizer_json())
     (source / "chat_template.jinja").write_text("template")
     (source / "weights.bin").write_text("not copied")
-    quantize_folder(source, tmp_path / "out", "int4")
+    (tmp_path / "text.txt").write_text("A short text. " * 40)
+    quantize_folder(source, tmp_path / "out", "int4", text=tmp_path / "text.txt")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -113,5 +147,7 @@ def test_command(tmp_path: Path) -> None:
     source = write_random_qwen3(tmp_path / "in")
     arguments = [str(source), str(tmp_path / "out"), "--format", "int8"]
     assert CliRunner().invoke(quantize_command, arguments).exit_code == 0
+    int4 = CliRunner().invoke(quantize_command, [str(source), str(tmp_path / "int4"), "--format", "int4"])
+    assert int4.exit_code == 0 and "without calibration" in int4.output
     again = CliRunner().invoke(quantize_command, arguments)
     assert again.exit_code == 1 and "already exists" in again.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwire.v1 import worker_pb2 as pb
+from router.block_index import BlockIndex
 from router.cache_index import CacheIndex
 
 
@@ -19,9 +20,21 @@ def test_a_snapshot_counts_once_it_is_complete() -> None:
     index.take(pb.WatchCacheResponse(stored=name(2), snapshot=True, snapshot_end=True))
     assert (len(index), index.complete) == (2, True)
     index.take(pb.WatchCacheResponse(stored=name(3) + name(4), removed=name(2)))
-    assert index.leading([name(1), name(3), name(2), name(4)]) == 2
+    assert index.leading([1, 3, 2, 4]) == 2
     index.clear()
-    assert index.leading([name(1)]) == 0
+    assert index.leading([1]) == 0
+
+
+def test_workers_share_a_table_and_only_whole_snapshots_count() -> None:
+    table = BlockIndex()
+    first, second = CacheIndex(table, 0), CacheIndex(table, 1)
+    first.take(pb.WatchCacheResponse(stored=name(1) + name(2), snapshot=True, snapshot_end=True))
+    second.take(pb.WatchCacheResponse(stored=name(1), snapshot=True))
+    assert (first.leading([1, 2]), second.leading([1, 2])) == (2, 0)
+    second.take(pb.WatchCacheResponse(snapshot=True, snapshot_end=True))
+    assert (first.leading([1, 2]), second.leading([1, 2]), len(second)) == (2, 1, 1)
+    first.clear()
+    assert (first.leading([1, 2]), second.leading([1, 2])) == (0, 1)
 
 
 def test_bytes_that_are_no_hashes_are_refused() -> None:

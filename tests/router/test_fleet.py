@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Sequence
 
 import grpc
 import pytest
@@ -12,6 +13,8 @@ from qwire.errors import QwireError, Reason
 from qwire.v1 import generation_pb2, models_pb2
 from qwire.v1 import worker_pb2 as pb
 from router import fleet
+from router.block_index import BlockIndex
+from router.cache_index import CacheIndex
 from router.choice import OutputSpec
 from router.fleet import Fleet
 from router.journal import Journal
@@ -24,9 +27,15 @@ SCOPE = b"s" * 16
 
 
 def make_link(
-    number: int, *, model: str = "m", fingerprint: bytes = b"f", running: int = 2, waiting: int = 1
+    number: int,
+    *,
+    model: str = "m",
+    fingerprint: bytes = b"f",
+    running: int = 2,
+    waiting: int = 1,
+    cache: CacheIndex | None = None,
 ) -> WorkerLink:
-    link = WorkerLink(f"target-{number}", "r", lambda requests: None)
+    link = WorkerLink(f"target-{number}", "r", lambda requests: None, cache)
     link.info = pb.WorkerInfo(
         worker_id=f"w{number}",
         model=models_pb2.ModelInfo(name=model),
@@ -101,13 +110,13 @@ async def test_hashes_are_computed_once_a_profile(monkeypatch: pytest.MonkeyPatc
     for link in links:
         hold(link, PROMPT[: 16 * (1 + links.index(link))])
     asked: list[bytes] = []
-    real = fleet._usable_hashes
+    real = fleet.prefix_root
 
-    def count(ids: list[int], worker: pb.WorkerInfo, scope: bytes) -> list[bytes]:
+    def count(worker: pb.WorkerInfo, scope: bytes) -> bytes:
         asked.append(worker.model_fingerprint)
-        return real(ids, worker, scope)
+        return real(worker, scope)
 
-    monkeypatch.setattr(fleet, "_usable_hashes", count)
+    monkeypatch.setattr(fleet, "prefix_root", count)
     place = await make_fleet(*links).place("m", PROMPT, SCOPE)
     assert (place.link, place.uncached_tokens) == (links[3], 100 - 64)
     assert asked == [b"f", b"g"]
@@ -201,3 +210,21 @@ async def test_a_request_waits_for_a_worker_to_get_ready() -> None:
     await asyncio.sleep(0.01)
     link._set_ready(True)
     assert (await placing).link is link
+
+
+async def test_a_prompt_is_looked_up_once_for_all_workers_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = BlockIndex()
+    links = [make_link(number, cache=CacheIndex(table, number)) for number in range(3)]
+    for link in links:
+        hold(link, PROMPT[: 16 * (1 + links.index(link))])
+    asked: list[list[int]] = []
+    real = BlockIndex.leading
+
+    def count(self: BlockIndex, keys: Sequence[int], workers: Iterable[int]) -> dict[int, int]:
+        asked.append(sorted(workers))
+        return real(self, keys, workers)
+
+    monkeypatch.setattr(BlockIndex, "leading", count)
+    place = await make_fleet(*links).place("m", PROMPT, SCOPE)
+    assert (place.link, place.uncached_tokens) == (links[2], 100 - 48)
+    assert asked == [[0, 1, 2]]

@@ -162,7 +162,7 @@ async def test_a_gap_in_the_indexes_ends_the_link_and_what_was_there_stands(
     worker.say.put_nowait(step(second, 0))
     for stream in (broken, neighbour):
         assert (await asyncio.wait_for(stream.lost, 5)).why is Why.LOST
-    assert (broken.choices[0].ids, neighbour.choices[0].ids) == ([1], [])
+    assert (list(broken.choices[0].ids), list(neighbour.choices[0].ids)) == ([1], [])
 
 
 async def test_a_fault_names_suspects_and_loses_all(link: WorkerLink, worker: ScriptedWorker) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.stacks import running_stack, write_tiny_model
 from worker.kernels.cpu import native
+from worker.quantize import quantize_folder
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [(13 * i) % 250 for i in range(40)]
@@ -51,6 +52,25 @@ def test_quantized_models_are_served(tmp_path: Path) -> None:
             assert any(f"backend cpu, instruction set {best} " in line for line in stack.lines)
     assert answers[1].token_ids == answers[2].token_ids
     assert len(set(numerics)) == 3
+
+
+def test_calibrated_int4_is_served(tmp_path: Path) -> None:
+    """`qwire quantize --text` chooses weights by that text, and the model is served."""
+    model = write_tiny_model(tmp_path / "tiny", dtype="bfloat16")
+    texts = tmp_path / "text.txt", tmp_path / "other.txt"
+    for path, line in zip(texts, ("The harbour froze in January. ", "0x7f, 0x3a, 0x11, "), strict=True):
+        path.write_text(line * 20)
+    out, other = tmp_path / "int4", tmp_path / "other"
+    command = [sys.executable, "-m", "qwire", "quantize", str(model), str(out), "--format", "int4"]
+    done = subprocess.run([*command, "--text", str(texts[0])], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    quantize_folder(model, other, "int4", text=texts[1])
+    weights, others = ((folder / "model.safetensors").read_bytes() for folder in (out, other))
+    assert len(weights) == len(others) and weights != others
+    with running_stack(out, "tiny", worker_flags=SMALL) as stack, stack.client() as client:
+        assert client.model().quantization == "int4"
+        answer = client.generate(token_ids=PROMPT, max_tokens=8, ignore_eos=True, temperature=0).read()
+        assert len(answer.token_ids) == 8
 
 
 def test_without_compiled_kernels_the_reference_serves(tmp_path: Path, not_compiled: Path) -> None:

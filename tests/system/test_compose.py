@@ -131,6 +131,7 @@ def test_a_service_has_time_to_stop(name: str) -> None:
 def test_the_gpu_worker_is_the_same_but_for_its_device() -> None:
     differing = ("profiles", "image", "build", "deploy")
     cpu, gpu = ({k: v for k, v in SERVICES[f"worker-{kind}"].items() if k not in differing} for kind in ("cpu", "gpu"))
+    assert gpu.pop("command") == [*cpu.pop("command"), "--backend", "cuda"]
     assert cpu == gpu
     (device,) = SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}

@@ -163,17 +163,36 @@ def test_cached_prefixes_and_request_ids_are_each_tenants_own(tiny: RunningStack
             assert cached == [expected] * 3
 
 
+def test_a_conversation_computes_only_what_each_turn_adds(tiny: RunningStack, client: Client) -> None:
+    before = tiny.state()
+    history: list[int] = []
+    for turn in range(6):
+        said = [(17 * turn + 3 * i) % 250 for i in range(40 + turn)]
+        generation = client.generate(token_ids=[*history, *said], max_tokens=30, seed=turn, ignore_eos=True).read()
+        assert generation.finished is not None
+        usage = generation.finished.usage
+        # What was drawn last in the turn before wasn't computed there.
+        assert usage.prompt_tokens - usage.cached_tokens == len(said) + (turn > 0)
+        history += [*said, *generation.token_ids]
+    after = tiny.state()
+    assert after.prompt_tokens - before.prompt_tokens == sum(
+        40 + turn + 70 * turn + turn * (turn - 1) // 2 for turn in range(6)
+    )
+    assert after.prompt_tokens - after.cached_tokens - before.prompt_tokens + before.cached_tokens == 255 + 5
+
+
 def test_out_of_blocks_nothing_is_lost(tiny_model: Path, client: Client) -> None:
-    prompts = [[number, *PROMPT] for number in range(32)]
-    with ThreadPoolExecutor(32) as pool:
-        expected = list(pool.map(lambda prompt: greedy(client, prompt, 60), prompts))
+    prompts = [[number, *PROMPT] for number in range(64)]
+    with ThreadPoolExecutor(64) as pool:
+        expected = list(pool.map(lambda prompt: greedy(client, prompt, 40), prompts))
         with (
-            running_stack(tiny_model, "tiny", worker_flags=("--kv-blocks", "64")) as small,
+            running_stack(tiny_model, "tiny", worker_flags=("--kv-blocks", "48", "--check-steps")) as small,
             small.client() as cramped,
         ):
-            assert list(pool.map(lambda prompt: greedy(cramped, prompt, 60), prompts)) == expected
-            assert small.state().preemptions > 0
-            assert small.state().blocks_in_use == 0
+            assert list(pool.map(lambda prompt: greedy(cramped, prompt, 40), prompts)) == expected
+            state = small.state()
+            assert state.preemptions > 0 and state.evictions > 0
+            assert state.blocks_in_use == 0
 
 
 @pytest.mark.parametrize("ending", ["context", "tokens"])

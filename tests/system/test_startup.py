@@ -66,7 +66,7 @@ def test_a_broken_model(tmp_path: Path, harm: Callable[[Path], None], shards: in
     [
         (["--listen", "0.0.0.0:0"], "--insecure-bind"),
         (["--block-size", "24"], "--block-size"),
-        (["--kv-cache-mib", "0"], "--kv-cache-mib"),
+        (["--kv-cache-mib", "-1"], "--kv-cache-mib"),
         (["--dtype", "int3"], "--dtype"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import grpc
@@ -33,10 +33,16 @@ GONE = QwireError(grpc.StatusCode.UNAVAILABLE, "gone")
 
 
 def name(number: int) -> bytes:
-    return number.to_bytes(16, "little")
+    return (number + 1).to_bytes(16, "little")
 
 
 names = st.integers(0, 20).map(name)
+
+
+def holds(index: CacheIndex, hashes: Iterable[bytes]) -> bool:
+    """Whether that is all that the index holds."""
+    keys = [int.from_bytes(name[:8], "little") for name in dict.fromkeys(hashes)]
+    return len(index) == len(keys) and all(index.leading([key]) for key in keys)
 
 
 async def read(feed: CacheFeed, index: CacheIndex) -> None:
@@ -70,7 +76,7 @@ async def test_an_index_follows_a_feed(
                 await asyncio.sleep(0)
         await asyncio.sleep(0.001)
         assert index.complete
-        assert index.held == held
+        assert holds(index, held)
         feed.end(GONE)
         with pytest.raises(QwireError):
             await reader
@@ -149,12 +155,12 @@ async def test_over_grpc_from_an_engine_at_work(engine: tuple[Engine, str], monk
             if number % 10 == 0:
                 await asyncio.sleep(0.01)
         await until(lambda: worker.load.running == worker.load.waiting == 0 and late.complete)
-        await until(lambda: early.held == late.held == set(worker.pool.hashes()))
-        assert early.held
+        await until(lambda: holds(early, worker.pool.hashes()) and holds(late, worker.pool.hashes()))
+        assert len(early)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        assert not early.held
+        assert not len(early)
         await until(lambda: not worker._inbox.watched)
 
 
@@ -171,6 +177,6 @@ async def test_a_watch_that_ends_is_opened_again_with_a_snapshot(
         await until(lambda: not index.complete)
         monkeypatch.undo()
         await until(lambda: index.complete)
-        assert index.held == set(worker.pool.hashes()) and len(index) == 5
+        assert holds(index, worker.pool.hashes()) and len(index) == 5
         task.cancel()
         await asyncio.wait([task])

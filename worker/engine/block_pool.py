@@ -44,6 +44,8 @@ class BlockPool:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks and positions: {num_blocks} blocks of {block_size}")
         self.num_blocks = num_blocks
+        self.evictions = 0
+        """Cached blocks that were handed out anew."""
         self.block_size = block_size
         self._refs = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -85,6 +87,10 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that is known under a hash, whether or not those before it are. Takes no reference."""
+        return self._by_hash.get(block_hash)
 
     def longest_match(self, parent: bytes, ids: Sequence[int]) -> tuple[int, int] | None:
         """The block behind `parent` (a block's hash, or the root) that begins with the most of `ids`, and how many
@@ -214,6 +220,7 @@ class BlockPool:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
+            self.evictions += 1
             block_hash = self._hashes[block]
             if block_hash is not None:
                 del self._by_hash[block_hash]

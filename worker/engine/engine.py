@@ -18,13 +18,14 @@ from worker.engine.constraint import Standing
 from worker.engine.plan import NO_TOKEN, Clock, Drawn, ModelRunner
 from worker.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from worker.engine.sequence import EndReason, Request, SequenceState
+from worker.engine.step_cost import StepShape
 
 log = logging.getLogger(__name__)
 
 MOVED_REQUESTS = 1024
 """Requests that had a place at another engine are taken beyond the limit, up to so many."""
 IDLE_SECONDS_BEFORE_CHECK = 1.0
-"""The pool's invariant is verified once the engine has had nothing to do for this long."""
+"""The books of scheduler and pool are verified once the engine has had nothing to do for this long."""
 
 
 class QueueFull(Exception):
@@ -67,10 +68,16 @@ class LoadReport:
     blocks_cached: int
     blocks_free: int
     preemptions: int
-    """Since the engine was made."""
+    """Since the engine was made; so are those below."""
     drafted_tokens: int
-    """Ids that were guessed, and those of them that were drawn, since the engine was made."""
+    """Ids that were guessed, and those of them that were drawn."""
     accepted_tokens: int
+    prompt_tokens: int
+    """Of requests that have begun."""
+    cached_tokens: int
+    """Those of them that were found in the prefix cache."""
+    evictions: int
+    """Blocks with a cached prefix that were given to another use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,7 @@ class Engine:
         fault: called from the engine's thread with the keys of the requests in a step that raised; the engine has
             stopped for good by then, and the process is expected to exit.
         max_waiting: requests that may be there beyond `limits.max_running`, those in the inbox counted.
+        check_steps: verify the books of scheduler and pool after every step, and not only once nothing is left to do.
     """
 
     def __init__(
@@ -141,6 +149,7 @@ class Engine:
         clock: Clock,
         deliver: Callable[[StepReport], None],
         fault: Callable[[list[Hashable]], None],
+        check_steps: bool = False,
     ) -> None:
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, limits)
@@ -149,6 +158,7 @@ class Engine:
         self._clock = clock
         self._deliver = deliver
         self._fault = fault
+        self._check_steps = check_steps
         self._inbox = _Inbox()
         self._wake = threading.Condition()
         self._requests: dict[Hashable, list[SequenceState]] = {}
@@ -236,6 +246,8 @@ class Engine:
         too_complex = self._end_failed()
         reports = [report for report in reports if report.key not in too_complex]
         self._aborted_some = False
+        if self._check_steps:
+            self.scheduler.check()
         self.load = self._count_load()
         cache = self.pool.take_changes()
         hashes = self.pool.hashes() if snapshot else None
@@ -249,6 +261,7 @@ class Engine:
         self._pace.take(self._executing_tokens, seconds)
         if all(len(chunk.token_ids) == 1 + chunk.drafts for chunk in scheduled.plan.chunks):
             self.scheduler.speculation.timed(self._executing_tokens, seconds)
+        self.scheduler.cost.take(StepShape.of(scheduled.plan.chunks), seconds)
         self._step_started, self._executing, self._executing_tokens = None, [], 0
         self.steps += 1
         reports = []
@@ -315,7 +328,7 @@ class Engine:
                 sequences = SequenceState.of(request, arrival)
                 self._requests[request.key] = sequences
                 for sequence in sequences:
-                    self.scheduler.add(sequence)
+                    self.scheduler.add(sequence, arrival)
         # Whoever aborts a request has submitted it before: its submit is in by now.
         for key, choice in aborts:
             aborted = [s for s in self._requests.get(key, ()) if choice is None or s.choice == choice]
@@ -344,6 +357,9 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             drafted_tokens=self.scheduler.speculation.drafted,
             accepted_tokens=self.scheduler.speculation.accepted,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            cached_tokens=self.scheduler.cached_tokens,
+            evictions=self.pool.evictions,
         )
 
     def _run(self) -> None:
@@ -359,11 +375,11 @@ class Engine:
             self._fault(self.executing())
 
     def _sleep(self) -> None:
-        """Waits for work; verifies the pool once if none comes for a while."""
+        """Waits for work; verifies the books once if none comes for a while."""
         with self._wake:
             if self._wake.wait_for(self._has_work, IDLE_SECONDS_BEFORE_CHECK):
                 return
-        self.pool.check()
+        self.scheduler.check()
         with self._wake:
             self._wake.wait_for(self._has_work)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
+from qwire.ordering import Claim
 from worker.engine.constraint import ConstraintState, Standing, TokenMask
 from worker.engine.plan import NO_TOKEN, Draw, SamplingParams
 from worker.engine.speculation import Guesses
@@ -86,6 +87,8 @@ class SequenceState:
     computed: int = 0
     """Positions whose keys and values are in `blocks`."""
     blocks: list[int] = field(default_factory=list)
+    dropped: int = 0
+    """How many leading entries of `blocks` are no longer its own: no window reaches back to them."""
     hashes: list[bytes] = field(default_factory=list)
     """Hashes of the leading full blocks of `tokens`, as far as they were needed."""
     published: int = 0
@@ -93,12 +96,19 @@ class SequenceState:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it first ran."""
     first_scheduled: float | None = None
-    preemptions: int = 0
+    level: int = 0
+    """What its priority counted as when it began to run."""
     constraint: ConstraintState | None = None
     standing: Standing = Standing.OPEN
     """How it stands to its constraint."""
     guesses: Guesses = field(default_factory=Guesses)
     """Of what is drawn for it."""
+    claim: Claim = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        began = self.arrival - request.waited
+        self.claim = Claim(request.tenant, request.priority, request.deadline, began)
 
     @classmethod
     def of(cls, request: Request, arrival: float) -> list[SequenceState]:
@@ -209,14 +219,14 @@ class SequenceState:
         return self.request.suspect and self.num_generated == len(self.request.choices[self.choice])
 
     @property
-    def queued(self) -> float:
-        """When its wait began, here or elsewhere: the order of the queue."""
-        return self.arrival - self.request.waited
-
-    @property
     def num_generated(self) -> int:
         """Generated ids, those of earlier attempts counted."""
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def held(self) -> list[int]:
+        """Its own blocks, in the order of its block table."""
+        return self.blocks[self.dropped :]
 
     def parent_hash(self, index: int) -> bytes:
         """What the hash of block `index` starts from, where `hashes` holds those of all blocks before it."""

@@ -62,12 +62,12 @@ def describe(config: FakeWorkerConfig) -> pb.WorkerInfo:
     )
 
 
-async def serve(config: FakeWorkerConfig) -> int:
+async def serve(config: FakeWorkerConfig, runner: type[FakeRunner] = FakeRunner) -> int:
     """Runs the worker until it is told to stop or a step fails; returns the exit status. Raises ConfigError."""
     info = describe(config)
     face = WorkerFace(info)
     engine = Engine(
-        FakeRunner(
+        runner(
             config.kv_blocks,
             config.block_size,
             info.model.vocab_size,

@@ -64,12 +64,13 @@ class FakeRunner:
                 mark = _after(mark, token)
                 block, slot = divmod(position, size)
                 marks[table[block] * size + slot] = mark
-            drawn.append([self._draw(mark, draw) for draw in chunk.draws])
+            drawn.append([self.draw(mark, draw) for draw in chunk.draws])
         if (left := started + self._cost.of(plan.num_tokens) - time.monotonic()) > 0:
             time.sleep(left)
         return drawn
 
-    def _draw(self, mark: int, draw: Draw) -> Drawn:
+    def draw(self, mark: int, draw: Draw) -> Drawn:
+        """What is drawn behind the tokens that a mark stands for."""
         params = draw.params
         value = _drawn(mark, draw.choice, 0 if params.greedy else params.seed)
         if params.allowed_ids:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
 
 from worker.kernels.cpu import CpuKernels
 from worker.kernels.cpu.native import NativeError, load
 from worker.kernels.interface import Kernels
 from worker.kernels.reference import ReferenceKernels
 
-BACKENDS = ("cpu", "reference")
+if TYPE_CHECKING:
+    from worker.kernels.cuda import CudaOptions
+
+BACKENDS = ("cuda", "cpu", "reference")
 HEAD_TILE = 16
 
 
@@ -28,20 +34,28 @@ def choose_kernels(
     *,
     head_dim: int = HEAD_TILE,
     threads: int = 1,
+    cuda: CudaOptions | None = None,
 ) -> ChosenKernels:
-    """The backend named, or for "auto" the cpu kernels where they were compiled, else the reference.
+    """The backend named, or for "auto" cuda where torch finds a GPU, else the cpu kernels where they were compiled,
+    else the reference.
 
     Args:
         isa: instruction set of the cpu kernels; "auto" is the best that was compiled and that this machine has.
         head_dim: of the model; the cpu kernels take multiples of `HEAD_TILE`.
         threads: that the cpu kernels compute with, the caller's counted; they are this process's, so the last choice
             counts. The reference's are torch's.
+        cuda: what the cuda backend is to be; without, "auto" doesn't take it.
 
     Raises NativeError where what was named cannot be had.
     """
     missing = ""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "cuda" or (backend == "auto" and isa == "auto" and cuda is not None and torch.cuda.is_available()):
+        from worker.kernels.cuda import CudaOptions, open_kernels  # Triton and what else no CPU needs
+
+        kernels, told = open_kernels(cuda or CudaOptions())
+        return ChosenKernels(kernels, told)
     if backend != "reference":
         try:
             if head_dim % HEAD_TILE:

@@ -4,9 +4,9 @@
     S  rows to draw from        V  vocabulary       H  hidden size      D  head size
     Q  query heads              K  key/value heads; Q is a multiple of K, query head q reads key/value head q // (Q / K)
 
-The promise every backend keeps: a row's bits depend on that row alone (and, in attention, on the keys and values of its
-own sequence), never on which rows share the call, on their number, on how a prompt was cut into chunks, on the block
-size or on the number of threads.
+The promise of a backend that is `batch_invariant`: a row's bits depend on that row alone (and, in attention, on the
+keys and values of its own sequence), never on which rows share the call, on their number, on how a prompt was cut into
+chunks, on the block size or on the number of threads. All backends on CPUs are, and cuda in a mode of its own.
 """
 
 from __future__ import annotations
@@ -145,6 +145,21 @@ class Kernels(Protocol):
     @property
     def isa(self) -> str:
         """The instruction set: what results' bits depend on besides the backend and its version."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors lie."""
+        ...
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's bits depend on that row alone."""
+        ...
+
+    @property
+    def default_block_size(self) -> int:
+        """Positions of a KV block where nothing else was asked for."""
         ...
 
     @property

@@ -106,7 +106,24 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, zero, offset = int4_parameters(weight)
     wide = _grouped(weight, GROUP["int4"])
+    q = (wide / scale[..., None]).add_(offset[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+    return pack_int4(q.flatten(1)[:, : weight.shape[1]]), scale.to(torch.bfloat16), zero.to(torch.uint8)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Values of 0 to 15, uint8 [N, K], as a weight stores them."""
+    q = torch.nn.functional.pad(q, (0, q.shape[1] % 2))
+    return q[:, ::2] | q[:, 1::2] << 4
+
+
+def int4_parameters(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Each group's scale, zero point and offset (what stands for 0, in steps), float32 [N, G]: a search for the least
+    squared error, each input feature's counted `importance` [K] times.
+    """
+    wide = _grouped(weight, GROUP["int4"])
+    counts = None if importance is None else _grouped(importance[None], GROUP["int4"])
     low, high = wide.aminmax(dim=-1, keepdim=True)
     middle = (low + high) / 2
     # The scale that spans the group's values, with zero points as far off the middle as they go; then its leading bits.
@@ -124,12 +141,13 @@ def _int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             zero = (near + offset).clamp(0, 15)
             torch.add(scaled, ZERO_BASE + ZERO_STEP * zero, out=shifted)
             torch.round(shifted, out=rounded).clamp_(0, 15)
-            error = rounded.sub_(shifted).square_().sum(-1, keepdim=True).mul_((scale / span).square_())
+            error = rounded.sub_(shifted).square_()
+            if counts is not None:
+                error = error.mul_(counts)
+            error = error.sum(-1, keepdim=True).mul_((scale / span).square_())
             better = error < least
             least = torch.where(better, error, least)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-    q = (wide / best_scale).add_(ZERO_BASE + ZERO_STEP * best_zero).round_().clamp_(0, 15).to(torch.uint8)
-    q = q.flatten(1)[:, : weight.shape[1] + weight.shape[1] % 2]
-    packed = q[:, ::2] | q[:, 1::2] << 4
-    return packed, best_scale.squeeze(-1).to(torch.bfloat16), best_zero.squeeze(-1).to(torch.uint8)
+    scale, zero = best_scale.squeeze(-1), best_zero.squeeze(-1)
+    return scale, zero, ZERO_BASE + ZERO_STEP * zero

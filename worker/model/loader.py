@@ -90,7 +90,7 @@ class _Loader:
 
     def vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A norm's weight, whole on every rank."""
-        return self._bias(name, shape, slice(0, shape[0]))
+        return self._bias(name, shape, slice(0, shape[0])).to(self.kernels.device)
 
     def matrix(self, name: str, layer: Matrix) -> PreparedLinear:
         """A layer's merged weight and bias, packed."""

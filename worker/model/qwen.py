@@ -30,8 +30,8 @@ class Buffers:
 
     ROWS = 64
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
         self._whole: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], Tensor] = {}
 
@@ -41,9 +41,9 @@ class Buffers:
         if found is not None:
             return found
         if rows > self.ROWS:
-            return torch.empty(rows, columns, dtype=self._dtype)
+            return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
         if name not in self._whole:
-            self._whole[name] = torch.empty(self.ROWS, columns, dtype=self._dtype)
+            self._whole[name] = torch.empty(self.ROWS, columns, dtype=self._dtype, device=self._device)
         self._views[name, rows] = view = self._whole[name][:rows]
         return view
 

@@ -1,5 +1,5 @@
-"""A rank's collectives. Every one gives the same bits however many rows it is asked for, and in whatever order peers
-answer."""
+"""A rank's collectives. On CPUs, and on GPUs where sums are `ordered`, each gives the same bits however many rows it is
+asked for, and in whatever order peers answer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from worker.parallel.transport import Backend, Store, Transport, exchange, open_store, open_transport, wait_for_all
+from worker.parallel.transport import (
+    Collectives,
+    Store,
+    Transport,
+    exchange,
+    open_collectives,
+    open_store,
+    open_transport,
+    wait_for_all,
+)
 
 MEET_SECONDS = 3600.0
 """How long a rank that has loaded its weights waits for the others; the launcher notices those that died."""
+
+CPU = torch.device("cpu")
 
 _FRAME = 2048
 """Bytes that carry a message, its length first. What a step of a few sequences needs fits; a longer one takes a second
@@ -54,13 +65,17 @@ class Group:
         self._others = [(rank + step) % world for step in range(1, world)]
         self._store: Store | None = None
         self._transport: Transport | None = None
+        self._collectives: Collectives | None = None
+        self._ordered = True
 
-    def connect(self, meeting: Path, *, timeout: float, backend: Backend = "gloo") -> None:
+    def connect(self, meeting: Path, *, timeout: float, device: torch.device = CPU, ordered: bool = True) -> None:
         """Meets the other ranks; to be called once this rank is ready to work, however long that took.
 
         Args:
             meeting: a file that exactly the ranks of this group can open, empty at first.
             timeout: seconds that a collective waits for a peer.
+            device: where tensors of sums lie. GPUs are connected by NCCL; messages go by gloo all the same.
+            ordered: whether sums on GPUs are in the order of the ranks. NCCL's own are faster.
 
         Raises GroupError.
         """
@@ -69,12 +84,21 @@ class Group:
         with _told("meeting the other ranks"):
             self._store = open_store(str(meeting), self.world)
             wait_for_all(self._store, self.rank, self.world, timeout=MEET_SECONDS)
-            self._transport = open_transport(backend, self._store, self.rank, self.world, timeout=timeout)
+            self._transport = open_transport(self._store, self.rank, self.world, timeout=timeout)
+            if device.type == "cuda":
+                self._collectives = open_collectives(self._store, self.rank, self.world, timeout=timeout)
+                self._ordered = ordered
 
     def sum(self, x: Tensor) -> Tensor:
-        """The `ordered_sum` of all ranks' tensors, by rank; the same on each."""
+        """The `ordered_sum` of all ranks' tensors, by rank, or NCCL's where that was asked for; the same on each. May
+        be `x`'s own memory."""
         if self.world == 1:
             return x
+        if x.is_cuda:
+            if not self._ordered:
+                self._on_gpus().allreduce([x]).wait()
+                return x
+            return ordered_sum(self._all_gathered(x))
         parts = [torch.empty_like(x) if rank != self.rank else x for rank in range(self.world)]
         self._exchange(x, [(peer, parts[peer]) for peer in self._others])
         return ordered_sum(parts)
@@ -83,6 +107,10 @@ class Group:
         """Every rank's tensor, by rank, on rank 0; None on the others."""
         if self.world == 1:
             return [x]
+        if x.is_cuda:
+            # To all ranks: NCCL has nothing faster for one.
+            parts = self._all_gathered(x)
+            return None if self.rank else parts
         with _told("gathering"):
             if self.rank:
                 self._open().send([x], 0, 0).wait()
@@ -132,6 +160,19 @@ class Group:
     def _exchange(self, x: Tensor, received: list[tuple[int, Tensor]]) -> None:
         with _told("exchanging with the other ranks"):
             exchange(self._open(), x, received)
+
+    def _all_gathered(self, x: Tensor) -> list[Tensor]:
+        """Every rank's tensor on a GPU, by rank."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        with _told("gathering"):
+            self._on_gpus().allgather([parts], [x]).wait()
+        return parts
+
+    def _on_gpus(self) -> Collectives:
+        if self._collectives is None:
+            raise RuntimeError("the group's GPUs are not connected")
+        return self._collectives
 
     def _open(self) -> Transport:
         if self._transport is None:

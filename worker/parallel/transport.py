@@ -1,4 +1,5 @@
-"""How the ranks of a group reach each other: torch.distributed's backends, of which gloo (CPUs) is run today.
+"""How the ranks of a group reach each other: torch.distributed's backends, gloo for CPUs and NCCL between GPUs. NCCL
+was never run: no machine that this was written on had a GPU.
 
 Process groups are built directly, not by `init_process_group`: no global state, no environment variables, and gloo gets
 a device that listens on the loopback interface alone.
@@ -8,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
-
-Backend = Literal["gloo"]
-"""What carries tensors. NCCL comes with the GPU kernels, behind the same `Transport`."""
 
 
 class Store(Protocol):
@@ -38,6 +36,17 @@ class Transport(Protocol):
     def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> Work: ...  # noqa: N803
 
 
+class Collectives(Protocol):
+    """What GPUs do together. Each is handed to the GPU in the order of the calls; `wait` has what comes after it there
+    wait, not the CPU, and so they can be recorded in graphs."""
+
+    def allreduce(self, tensors: list[Tensor]) -> Work:
+        """Sums over the ranks, in place, in an order of NCCL's choice."""
+        ...
+
+    def allgather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor]) -> Work: ...
+
+
 def open_store(meeting: str, world: int) -> Store:
     """Where ranks leave each other their ports: the file `meeting`, the group's own. To be kept as long as the group:
     the last rank to drop its store removes the file."""
@@ -53,13 +62,11 @@ def wait_for_all(store: Store, rank: int, world: int, *, timeout: float) -> None
     store.wait([f"here/{peer}" for peer in range(world)], timedelta(seconds=timeout))
 
 
-def open_transport(backend: Backend, store: Any, rank: int, world: int, *, timeout: float) -> Transport:
-    """Connects this rank with all others, which do the same at the same time.
+def open_transport(store: Any, rank: int, world: int, *, timeout: float) -> Transport:
+    """Connects this rank with all others by gloo, which do the same at the same time.
 
     `timeout` is in seconds, for connecting and for each later transfer. Raises RuntimeError where it runs out.
     """
-    if backend != "gloo":
-        raise ValueError(f"backend: expected gloo, got {backend!r}")
     from torch._C import _distributed_c10d as c10d
 
     gloo: Any = c10d.ProcessGroupGloo  # torch's stubs have other names for its options
@@ -68,6 +75,24 @@ def open_transport(backend: Backend, store: Any, rank: int, world: int, *, timeo
     options._threads = 1
     options._timeout = timedelta(seconds=timeout)
     group: Transport = gloo(store, rank, world, options)
+    return group
+
+
+def open_collectives(store: Any, rank: int, world: int, *, timeout: float) -> Collectives:
+    """Connects this rank's GPU with those of all others, which do the same at the same time; each has set its own as
+    torch's current one. Raises RuntimeError.
+
+    A rank that dies leaves its peers' GPUs waiting: `timeout` seconds later NCCL's watchdog ends their processes,
+    unless the launcher, which sees the death at once, has done so.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    nccl: Any = getattr(c10d, "ProcessGroupNCCL", None)
+    if nccl is None:
+        raise RuntimeError("this build of torch has no NCCL")
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=timeout)
+    group: Collectives = nccl(c10d.PrefixStore("nccl", store), rank, world, options)
     return group
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,29 +15,74 @@ from worker.kernels import Kernels, SamplingBatch
 from worker.runner.edits import build_edits
 
 
-def draw_all(kernels: Kernels, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """One id for each row of float32 logits [draws, V], which are overwritten; `NO_TOKEN` where edits leave none."""
-    asked = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
-    raw = logits[asked] if asked else None  # a copy: edits don't show in log-probabilities
+class Fetched(Protocol):
+    """Tensors on their way to the host."""
+
+    def wait(self) -> Sequence[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Tensors that are on the host."""
+
+    tensors: Sequence[Tensor]
+
+    def wait(self) -> Sequence[Tensor]:
+        return self.tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """Draws that a device has begun."""
+
+    tokens: Tensor
+    """int64 [draws], where the logits were."""
+    _asked: Sequence[tuple[int, int]]
+    """Rows with log-probabilities, and how many alternatives each."""
+    _restricted: Sequence[int]
+    """Rows that may have been left without an id."""
+    _fetched: Fetched
+
+    def read(self) -> list[Drawn]:
+        """Waits for the ids; `NO_TOKEN` where edits left none."""
+        tokens, impossible, *logprobs = self._fetched.wait()
+        drawn = [Drawn(token) for token in tokens.tolist()]
+        if logprobs:
+            rows = zip(self._asked, *(tensor.tolist() for tensor in logprobs), strict=True)
+            for (row, count), logprob, top_ids, top_values in rows:
+                top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
+                drawn[row] = Drawn(drawn[row].token_id, logprob, top)
+        for row, none in zip(self._restricted, impossible.tolist(), strict=True):
+            if none:
+                drawn[row] = Drawn(NO_TOKEN)
+        return drawn
+
+
+def draw_all(
+    kernels: Kernels,
+    logits: Tensor,
+    draws: Sequence[Draw],
+    fetch: Callable[[Sequence[Tensor]], Fetched] = Here,
+) -> Drawing:
+    """Begins to draw one id for each row of float32 logits [draws, V], which are overwritten.
+
+    Args:
+        fetch: brings results to the host.
+    """
+    asked = [(row, draw.params.logprobs) for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+    rows = [row for row, _ in asked]
+    raw = logits[rows] if asked else None  # a copy: edits don't show in log-probabilities
     edits = build_edits(draws, logits.shape[1])
     if edits is not None:
         kernels.edit_logits(logits, edits)
     tokens = kernels.sample(logits, build_sampling(draws))
-    drawn = [Drawn(token) for token in tokens.tolist()]
-    if raw is not None:
-        counts = [draws[row].params.logprobs or 0 for row in asked]
-        own, ids, values = kernels.logprobs(raw, tokens[torch.tensor(asked)], max(counts))
-        rows = zip(asked, counts, own.tolist(), ids.tolist(), values.tolist(), strict=True)
-        for row, count, logprob, top_ids, top_values in rows:
-            top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
-            drawn[row] = Drawn(drawn[row].token_id, logprob, top)
+    logprobs = () if raw is None else kernels.logprobs(raw, tokens[rows], max(count for _, count in asked))
     restricted = [row for row, draw in enumerate(draws) if draw.restricted]
-    if restricted:
-        # Without an id to draw, the one that came out is as impossible as all others.
-        impossible = logits[restricted, tokens[restricted]] == -torch.inf
-        for row in torch.tensor(restricted)[impossible].tolist():
-            drawn[row] = Drawn(NO_TOKEN)
-    return drawn
+    # Without an id to draw, the one that came out is as impossible as all others.
+    impossible = (
+        logits[restricted, tokens[restricted]] == -torch.inf if restricted else tokens.new_empty(0, dtype=torch.bool)
+    )
+    return Drawing(tokens, asked, restricted, fetch((tokens, impossible, *logprobs)))
 
 
 def build_sampling(draws: Sequence[Draw]) -> SamplingBatch:

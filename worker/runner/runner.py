@@ -41,9 +41,11 @@ def kv_bytes_per_block(config: ModelConfig, kv_dtype: torch.dtype, block_size: i
     return per_position * block_size * kv_dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As torch.zeros, but pages that nothing has written yet take neither memory nor time. Small pages: every head's
-    blocks lie apart, and a large page for each would take the whole pool at the first step."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.zeros, but a CPU's pages that nothing has written yet take neither memory nor time. Small pages: every
+    head's blocks lie apart, and a large page for each would take the whole pool at the first step."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
@@ -52,10 +54,12 @@ def _multiplies(module: Module) -> TypeGuard[Matrix]:
 
 
 class TorchRunner:
-    """A model, or a rank's share of it, on this process's CPU with its paged KV cache. Not thread-safe: one step at a
+    """A model, or a rank's share of it, on its kernels' device with its paged KV cache. Not thread-safe: one step at a
     time. The ranks of a group must execute the same plans in the same order.
 
     Args:
+        num_blocks: of the cache; None leaves it to `make_cache`, without which nothing can be executed.
+        block_size: positions of a block; None is the kernels' own choice.
         dtype: what weights are kept in that are not quantized; "auto" is the checkpoint's own.
         kv_dtype: what keys and values are kept in; "auto" is `dtype`.
         quantize: "none", or what the weights are quantized to while they are loaded.
@@ -68,36 +72,53 @@ class TorchRunner:
         self,
         folder: Path,
         *,
-        num_blocks: int,
-        block_size: int = 16,
+        num_blocks: int | None,
+        block_size: int | None = None,
         dtype: str = "auto",
         kv_dtype: str = "auto",
         quantize: str = "none",
         kernels: Kernels | None = None,
         group: Group | None = None,
     ) -> None:
-        if num_blocks < 1 or block_size < 1 or 256 % block_size:
-            raise ValueError(f"need at least one block, of a size that divides 256: got {num_blocks} of {block_size}")
         self.config = ModelConfig.read(folder)
+        self.kernels = kernels or choose_kernels(head_dim=self.config.head_dim).kernels
+        block_size = block_size or self.kernels.default_block_size
+        if 256 % block_size:
+            raise ValueError(f"need blocks of a size that divides 256: got {block_size}")
         self.dtype = resolve_dtype(self.config, dtype)
         self.kv_dtype = self.dtype if kv_dtype == "auto" else resolve_dtype(self.config, kv_dtype)
         self.quantization = resolve_quantization(self.config, quantize)
-        self._num_blocks, self._block_size = num_blocks, block_size
-        self.kernels = kernels or choose_kernels(head_dim=self.config.head_dim).kernels
-        # Longer sequences than the cache holds cannot come up.
-        self._max_positions = min(self.config.max_positions, num_blocks * block_size)
+        self._num_blocks, self._block_size = 0, block_size
         group = group or Group()
         check_shares(self.config, group.world)
         self._kv_heads = Shard(group.rank, group.world).local(self.config.num_kv_heads, "num_key_value_heads")
-        self._buffers = Buffers(self.kernels.activation_dtype(self.dtype))
+        self._buffers = Buffers(self.kernels.activation_dtype(self.dtype), self.kernels.device)
         self._windows = tuple(dict.fromkeys(self.config.windows))
         with torch.inference_mode():
             self._model = load_model(folder, self.config, self.kernels, self.dtype, group=group, quantize=quantize)
-            self._cos, self._sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
-            shape = (self._kv_heads, num_blocks, block_size, self.config.head_dim)
-            # One a layer.
+        self.caches: tuple[KVCache, ...] = ()
+        """One a layer."""
+        if num_blocks is not None:
+            self.make_cache(num_blocks)
+
+    def make_ready(self) -> None:
+        """Does what takes all ranks, once their group is connected; nothing here."""
+
+    def make_cache(self, num_blocks: int, dummies: int = 0) -> None:
+        """Makes room for keys and values, all zero: blocks for sequences, and behind them `dummies` for rows that no
+        sequence has. Raises ValueError for fewer than one block."""
+        if num_blocks < 1:
+            raise ValueError(f"need at least one block, got {num_blocks}")
+        self._num_blocks = num_blocks
+        # Longer sequences than the cache holds cannot come up.
+        self._max_positions = min(self.config.max_positions, num_blocks * self._block_size)
+        device = self.kernels.device
+        shape = (self._kv_heads, num_blocks + dummies, self._block_size, self.config.head_dim)
+        with torch.inference_mode():
+            cos, sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
+            self._cos, self._sin = cos.to(device), sin.to(device)
             self.caches = tuple(
-                KVCache(_zeros(shape, self.kv_dtype), _zeros(shape, self.kv_dtype))
+                KVCache(_zeros(shape, self.kv_dtype, device), _zeros(shape, self.kv_dtype, device))
                 for _ in range(self.config.num_layers)
             )
 
@@ -108,6 +129,17 @@ class TorchRunner:
     @property
     def block_size(self) -> int:
         return self._block_size
+
+    @property
+    def positions_ahead(self) -> int:
+        """How many positions of a sequence are computed before they are asked for, where it has blocks for them."""
+        return 0
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a query reads in any layer, its own included; None where a layer reads all before it."""
+        windows = [window for window in self._windows if window is not None]
+        return max(windows) if len(windows) == len(self._windows) else None
 
     @property
     def weight_bytes(self) -> int:
@@ -142,7 +174,7 @@ class TorchRunner:
             logits = self._logits(hidden[torch.from_numpy(step.draw_rows)])
             if logits is None:
                 return [[] for _ in plan.chunks]
-            drawn = iter(draw_all(self.kernels, logits, draws))
+            drawn = iter(draw_all(self.kernels, logits, draws).read())
         return [[next(drawn) for _ in chunk.draws] for chunk in plan.chunks]
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:

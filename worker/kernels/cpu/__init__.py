@@ -39,6 +39,9 @@ class CpuKernels:
     """
 
     name = "cpu"
+    device = torch.device("cpu")
+    batch_invariant = True
+    default_block_size = 16
     row_tile = 1
 
     def __init__(self, isa: str, native: ModuleType) -> None:

@@ -30,6 +30,9 @@ class ReferenceKernels:
     """
 
     name = "reference"
+    device = torch.device("cpu")
+    batch_invariant = True
+    default_block_size = 16
     row_tile = dense.ROW_TILE
 
     @property

@@ -7,7 +7,7 @@
 // read have weight 0, which adds nothing to a sum: a block of rows goes as far as its longest row.
 //
 // A task is a tile of queries of one chunk (all query heads that share a key/value head), and one key/value head. Its
-// rows are query by query, head by head. Keys are turned into columns, 16 to a vector, a panel at a time, and each
+// rows are query by query, head by head. Keys are turned into columns, one to a lane, a panel at a time, and each
 // panel meets all rows while it is in the first-level cache. With few rows (decode) a chunk's KV tiles are spread over
 // several tasks; the one that ends last merges.
 #include "attention.h"
@@ -26,13 +26,13 @@ namespace {
 constexpr int kTile = 256;
 constexpr float kNoScore = -3.0e38f;  // finite, so that a row that has read nothing yet stays free of inf - inf
 
-// Accumulators of the products below: rows and vectors of 16 that fit the registers.
+// Accumulators of the products below: rows and vectors that fit the registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;
 #elif defined(__AVX2__)
-constexpr int kRows = 6, kVectors = 1;
+constexpr int kRows = 6, kVectors = 2;
 #else
-constexpr int kRows = 3, kVectors = 1;
+constexpr int kRows = 3, kVectors = 3;
 #endif
 constexpr int kPanel = kVectors * kLanes;  // columns of a panel
 constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
@@ -42,7 +42,7 @@ constexpr int kFewRows = 12;     // up to here values are read in place and KV t
 constexpr int kTasksAThread = 8;
 constexpr int kAhead = 64;       // keys or values, in the order of reading, that are asked for before they are read
 
-// c [M, 16 N] += a [M, count] * b [count, 16 N], in order of count; `fresh`: c is taken as 0.
+// c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0.
 template <int M, int N>
 void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool fresh) {
     f32v sums[M][N];
@@ -52,9 +52,12 @@ void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, f
         for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * c_stride + n * kLanes);
     for (int64_t k = 0; k < count; ++k) {
         f32v row[N];
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * kPanel + n * kLanes);
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const f32v factor = splat(a[m * a_stride + k]);
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
         }
     }
@@ -79,9 +82,9 @@ constexpr int mix_vectors([[maybe_unused]] int m) {
 #if defined(__AVX512F__)
     return m <= 3 ? 8 : 4;
 #elif defined(__AVX2__)
-    return m <= 1 ? 4 : m <= 3 ? 2 : 1;
+    return m <= 1 ? 8 : m <= 3 ? 4 : m <= 4 ? 2 : 1;
 #else
-    return 1;
+    return m <= 2 ? 4 : 2;
 #endif
 }
 
@@ -91,7 +94,7 @@ QWIRE_INLINE void prefetch(const void* from, int64_t count) {
     for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
 }
 
-// out [M, 16 N] = weights [M, count] * values [count, 16 N], in order; value k begins at values[k] + d.
+// out [M, N vectors] = weights [M, count] * values [count, N vectors], in order; value k begins at values[k] + d.
 template <class T, int M, int N>
 void mix(int64_t count, const float* weights, const T* const* values, int64_t d, float* out, int64_t out_stride) {
     f32v sums[M][N] = {};
@@ -99,9 +102,12 @@ void mix(int64_t count, const float* weights, const T* const* values, int64_t d,
         prefetch(values[k + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
         const T* row = values[k] + d;
         f32v factors[M];
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) factors[m] = splat(weights[m * kTile + k]);
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             const f32v value = widen(row + n * kLanes);
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) sums[m][n] = fma(factors[m], value, sums[m][n]);
         }
     }
@@ -133,7 +139,7 @@ constexpr std::array<Mix<T>, sizeof...(I)> mixes(std::index_sequence<I...>) {
 template <class T>
 constexpr auto kMix = mixes<T>(std::make_index_sequence<kRows>());
 
-// Elements d to d + depth - 1 of 16 keys as columns: to[i * kPanel + key].
+// Elements d to d + depth - 1 of as many keys as a vector has lanes, as columns: to[i * kPanel + key].
 template <class T>
 void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, float* to) {
     u32v x[kLanes];
@@ -163,7 +169,7 @@ void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, floa
         }
         if (depth % (2 * kLanes) == 0) return;
         ask(d + depth - kLanes, d + depth);
-        for (int key = 0; key < kLanes; ++key) {  // the last 16 elements
+        for (int key = 0; key < kLanes; ++key) {  // the last elements, half a vector of pairs
             x[key] = u32v{};
             std::memcpy(&x[key], keys[key] + d + depth - kLanes, kLanes * sizeof(T));
         }
@@ -187,7 +193,7 @@ struct Soft {
     float peak, total;
 };
 
-// Scores to weights, in place; within [first, last), multiples of 16, what `span` leaves out becomes 0.
+// Scores to weights, in place; within [first, last), multiples of kLanes, what `span` leaves out becomes 0.
 __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int last) {
     i32v lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = i;

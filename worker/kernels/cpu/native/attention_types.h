@@ -1,5 +1,5 @@
-// The types that keys and values are kept in: 16 of them to a vector of floats and back, and 16 rows turned into
-// columns.
+// The types that keys and values are kept in: to vectors of floats and back, and as many rows as a vector has lanes
+// turned into columns.
 #pragma once
 
 #include "vec.h"
@@ -29,6 +29,8 @@ QWIRE_INLINE void with_type(KvType type, F&& f) {
 QWIRE_INLINE f32v widen_half(u16v x) {
 #if defined(__AVX512F__)
     return (f32v)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#elif defined(__F16C__)
+    return (f32v)_mm256_cvtph_ps((__m128i)x);
 #else
     // The exponent and mantissa moved into place are 2^112 too small, denormals included; infinities come out as 2^16
     // or more and get the greatest exponent.
@@ -43,6 +45,8 @@ QWIRE_INLINE f32v widen_half(u16v x) {
 QWIRE_INLINE u16v narrow_half(f32v x) {
 #if defined(__AVX512F__)
     return (u16v)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    return (u16v)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
     const u32v bits = (u32v)x, sign = bits & 0x80000000u, size = bits ^ sign;
     // Normal halves: rounded where the mantissa is cut. Smaller ones: adding 0.5 rounds to multiples of 2^-24.
@@ -73,12 +77,14 @@ QWIRE_INLINE void split_pairs(u32v x, Half, f32v& even, f32v& odd) {
     odd = widen_half(__builtin_convertvector(x >> 16, u16v));
 }
 
+#if defined(__AVX512F__)
 QWIRE_INLINE u32v even_quarters(u32v a, u32v b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
 }
 QWIRE_INLINE u32v odd_quarters(u32v a, u32v b) {
     return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
+#endif
 
 // x[i][j] to x[j][i].
 QWIRE_INLINE void transpose(u32v (&x)[kLanes]) {
@@ -105,35 +111,31 @@ QWIRE_INLINE void transpose(u32v (&x)[kLanes]) {
         x[12 + j] = odd_quarters(b, d);
     }
 #elif defined(__AVX2__)
-    alignas(64) uint32_t from[kLanes][kLanes], to[kLanes][kLanes];
-    for (int i = 0; i < kLanes; ++i) store(from[i], x[i]);
-    for (int row = 0; row < kLanes; row += 8) {
-        for (int column = 0; column < kLanes; column += 8) {
-            __m256i r[8], t[8];
-            for (int i = 0; i < 8; ++i) r[i] = load<__m256i>(&from[row + i][column]);
-            for (int i = 0; i < 8; i += 2) {
-                t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-                t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-            }
-            for (int i = 0; i < 8; i += 4) {
-                r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-                r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-                r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-                r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-            }
-            for (int i = 0; i < 4; ++i) {
-                store(&to[column + i][row], _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
-                store(&to[column + i + 4][row], _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
-            }
-        }
+    __m256i r[8], t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32((__m256i)x[i], (__m256i)x[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32((__m256i)x[i], (__m256i)x[i + 1]);
     }
-    for (int i = 0; i < kLanes; ++i) x[i] = load<u32v>(to[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; ++i) {
+        x[i] = (u32v)_mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+        x[i + 4] = (u32v)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    }
 #else
-    uint32_t from[kLanes][kLanes], to[kLanes][kLanes];
-    for (int i = 0; i < kLanes; ++i) store(from[i], x[i]);
-    for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < kLanes; ++j) to[j][i] = from[i][j];
-    for (int i = 0; i < kLanes; ++i) x[i] = load<u32v>(to[i]);
+    const u32v a = __builtin_shuffle(x[0], x[1], u32v{0, 4, 1, 5}), b = __builtin_shuffle(x[2], x[3], u32v{0, 4, 1, 5});
+    const u32v c = __builtin_shuffle(x[0], x[1], u32v{2, 6, 3, 7}), d = __builtin_shuffle(x[2], x[3], u32v{2, 6, 3, 7});
+    x[0] = __builtin_shuffle(a, b, u32v{0, 1, 4, 5});
+    x[1] = __builtin_shuffle(a, b, u32v{2, 3, 6, 7});
+    x[2] = __builtin_shuffle(c, d, u32v{0, 1, 4, 5});
+    x[3] = __builtin_shuffle(c, d, u32v{2, 3, 6, 7});
 #endif
 }
 

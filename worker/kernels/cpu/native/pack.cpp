@@ -10,17 +10,20 @@
 namespace qwire {
 namespace {
 
+// Sixteen of each, however wide registers are: packing is done once.
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 constexpr int kBlock = 16;  // steps that are packed at a time
 
-QWIRE_INLINE void transpose(u32v (&x)[16]) {
+QWIRE_INLINE void transpose(u32x16 (&x)[16]) {
     // Each round interleaves rows i and i + 8: after four, word j of row i is word i of row j.
     for (int round = 0; round < 4; ++round) {
-        u32v y[16];
+        u32x16 y[16];
         for (int i = 0; i < 8; ++i) {
-            y[2 * i] = __builtin_shuffle(x[i], x[i + 8], u32v{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+            y[2 * i] = __builtin_shuffle(x[i], x[i + 8], u32x16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
             y[2 * i + 1] =
-                __builtin_shuffle(x[i], x[i + 8], u32v{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+                __builtin_shuffle(x[i], x[i + 8], u32x16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
         }
         for (int i = 0; i < 16; ++i) x[i] = y[i];
     }
@@ -38,22 +41,29 @@ uint16_t narrow_f16(float x) {
 }
 
 // Sixteen values of a row of W.
-QWIRE_INLINE f32v read(Format source, const char* from) {
-    if (source == Format::kFloat32) return load<f32v>(from);
-    const auto halves = load<u16x16>(from);
-    if (source == Format::kBfloat16) return widen_bf16(halves);
-    f32v wide;
-    for (int i = 0; i < 16; ++i) wide[i] = widen(source, halves[i]);
-    return wide;
+QWIRE_INLINE f32x16 read(Format source, const char* from) {
+    if (source == Format::kFloat32) return load<f32x16>(from);
+    alignas(64) float wide[16];
+    if (source == Format::kBfloat16) {
+        for (int i = 0; i < 16; i += kLanes) store(wide + i, widen_bf16(load<u16v>(from + 2 * i)));
+    } else {
+        const auto halves = load<u16x16>(from);
+        for (int i = 0; i < 16; ++i) wide[i] = widen(source, halves[i]);
+    }
+    return load<f32x16>(wide);
 }
 
-QWIRE_INLINE u32v read_narrow(Format format, Format source, const char* from) {
-    if (format == source) return __builtin_convertvector(load<u16x16>(from), u32v);
-    const f32v wide = read(source, from);
-    if (format == Format::kBfloat16) return __builtin_convertvector(narrow_bf16(wide), u32v);
-    u32v narrow;
-    for (int i = 0; i < 16; ++i) narrow[i] = narrow_f16(wide[i]);
-    return narrow;
+QWIRE_INLINE u32x16 read_narrow(Format format, Format source, const char* from) {
+    if (format == source) return __builtin_convertvector(load<u16x16>(from), u32x16);
+    const f32x16 wide = read(source, from);
+    alignas(64) uint16_t narrow[16];
+    if (format == Format::kBfloat16) {
+        for (int i = 0; i < 16; i += kLanes)
+            store(narrow + i, narrow_bf16(load<f32v>(reinterpret_cast<const float*>(&wide) + i)));
+    } else {
+        for (int i = 0; i < 16; ++i) narrow[i] = narrow_f16(wide[i]);
+    }
+    return __builtin_convertvector(load<u16x16>(narrow), u32x16);
 }
 
 // The rows of W that are being packed, seen from one panel: columns [begin, end) of it, `row_bytes` a row.
@@ -64,8 +74,8 @@ struct Rows {
 
     // `bytes` of a column's row from `offset` on, as a vector; zeros past the row's end and for other columns.
     template <class Convert>
-    QWIRE_INLINE u32v get(int column, int64_t offset, int64_t bytes, Convert&& convert) const {
-        if (column < begin || column >= end) return u32v{};
+    QWIRE_INLINE u32x16 get(int column, int64_t offset, int64_t bytes, Convert&& convert) const {
+        if (column < begin || column >= end) return u32x16{};
         const char* from = data + (column - begin) * row_bytes + offset;
         if (offset + bytes <= row_bytes) return convert(from);
         alignas(64) char rest[64] = {};
@@ -78,10 +88,10 @@ struct Rows {
 // words are merged into what is there, which began as zeros.
 template <class Words>
 QWIRE_INLINE void store_block(char* const (&steps)[kBlock], Words&& words) {
-    u32v block[16];
+    u32x16 block[16];
     for (int column = 0; column < 16; ++column) block[column] = words(column);
     transpose(block);
-    for (int i = 0; i < kBlock; ++i) store(steps[i], load<u32v>(steps[i]) | block[i]);
+    for (int i = 0; i < kBlock; ++i) store(steps[i], load<u32x16>(steps[i]) | block[i]);
 }
 
 // Calls f(panel's address, Rows) for each panel that rows [first, first + count) fall in, on all threads.
@@ -133,7 +143,7 @@ void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t
             };
             const auto wide = [&](int column) __attribute__((always_inline)) {
                 return rows.get(column, k * size, kBlock * size,
-                                [&](const char* from) { return (u32v)read(source, from); });
+                                [&](const char* from) { return (u32x16)read(source, from); });
             };
             if (format == Format::kFloat32) {
                 store_block(steps, wide);
@@ -157,7 +167,7 @@ void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int
             find_steps(steps, panel, step, steps_count, 128, kInt8Group / 4, waste);
             const auto words = [&](int column) __attribute__((always_inline)) {
                 return rows.get(column, step * 4, kBlock * 4,
-                                [](const char* from) { return load<u32v>(from) ^ 0x80808080u; });
+                                [](const char* from) { return load<u32x16>(from) ^ 0x80808080u; });
             };
             store_block(steps, words);
             for (char*& at : steps) at += 64;
@@ -180,7 +190,7 @@ void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uin
             find_steps(steps, panel, step, steps_count, 64, kInt4Group / 4, waste);
             const auto words = [&](int column) __attribute__((always_inline)) {
                 return rows.get(column, step * 2, kBlock * 2, [](const char* from) {
-                    const u32v four = __builtin_convertvector(load<u16x16>(from), u32v);
+                    const u32x16 four = __builtin_convertvector(load<u16x16>(from), u32x16);
                     return (four & 0xfu) | (four & 0xf0u) << 4 | (four & 0xf00u) << 8 | (four & 0xf000u) << 12;
                 });
             };

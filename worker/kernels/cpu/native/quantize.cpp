@@ -28,34 +28,47 @@ uint32_t greatest(const float* from, int64_t size) {
         best = bits > best ? bits : best;
     }
     const auto fold = [&](u32v other) __attribute__((always_inline)) { best = best > other ? best : other; };
-    fold(__builtin_shuffle(best, u32v{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
-    fold(__builtin_shuffle(best, u32v{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
-    fold(__builtin_shuffle(best, u32v{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
-    fold(__builtin_shuffle(best, u32v{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+    u32v lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = uint32_t(i);
+#pragma GCC unroll 4
+    for (uint32_t apart = kLanes / 2; apart; apart /= 2) fold(__builtin_shuffle(best, lanes ^ apart));
     return best[0];
 }
 
 // Adds neighbours: lane i is the sum of lanes 2i and 2i + 1 of a and b, one behind the other.
 QWIRE_INLINE i32v pair_sums(i32v a, i32v b) {
+#if defined(__AVX512F__)
     return __builtin_shuffle(a, b, i32v{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
            __builtin_shuffle(a, b, i32v{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+#elif defined(__AVX2__)
+    const __m256i sums = _mm256_hadd_epi32((__m256i)a, (__m256i)b);  // half by half
+    return (i32v)_mm256_permute4x64_epi64(sums, 0b11011000);
+#else
+    return __builtin_shuffle(a, b, i32v{0, 2, 4, 6}) + __builtin_shuffle(a, b, i32v{1, 3, 5, 7});
+#endif
 }
 
-// Lane i is the sum of all lanes of x[i]: far fewer shuffles than 16 sums one by one.
+// Lane i is the sum of all lanes of x[i]: far fewer shuffles than sums one by one.
 QWIRE_INLINE i32v totals(i32v (&x)[kLanes]) {
     for (int width = kLanes; width > 1; width /= 2)
         for (int i = 0; i < width / 2; ++i) x[i] = pair_sums(x[2 * i], x[2 * i + 1]);
     return x[0];
 }
 
-// Stores 16 values as the activations of `dot`. Only the low bits of each lane count.
+// Stores a vector of values as the activations of `dot`. Only the low bits of each lane count.
 QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 #if defined(__AVX512VNNI__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
 #else
-    typedef int16_t s16v __attribute__((vector_size(32)));
+    typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
     const s16v narrow = __builtin_convertvector(x, s16v);
+#if defined(__AVX512F__)
     store(to, __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15}));
+#elif defined(__AVX2__)
+    store(to, __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7}));
+#else
+    store(to, __builtin_shuffle(narrow, s16v{0, 2, 1, 3}));
+#endif
 #endif
 }
 
@@ -99,16 +112,18 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
         // Below the least normal number the inverse would be infinite: such a group counts as zero.
         return splat(scale < 1.17549435e-38f ? 0.0f : 127.0f / absmax);
     };
-    // Rounds a chunk, stores it, and returns the sum of its halves.
+    // Rounds a chunk, stores it, and returns the sum of its vectors.
     const auto round = [&](int64_t chunk, const float* at, f32v inverse) __attribute__((always_inline)) {
-        const i32v low = (i32v)fma(load<f32v>(at), inverse, magic);
-        const i32v high = (i32v)fma(load<f32v>(at + kLanes), inverse, magic);
         int32_t* to = values + chunk * height * kChunkWords;
-        store_values(to, low);
-        store_values(to + kChunkWords / 2, high);
-        return (low - (i32v)magic) + (high - (i32v)magic);
+        i32v total{};
+        for (int i = 0; i < kChunk; i += kLanes, to += kChunkWords * kLanes / kChunk) {
+            const i32v rounded = (i32v)fma(load<f32v>(at + i), inverse, magic);
+            store_values(to, rounded);
+            total += rounded - (i32v)magic;
+        }
+        return total;
     };
-    // 16 chunks at a time, for their sums.
+    // As many chunks at a time as a vector has lanes, for their sums.
     for (int64_t first = 0; first < chunks; first += kLanes) {
         const int64_t count = std::min<int64_t>(chunks - first, kLanes), whole = std::min(count, size / kChunk - first);
         constexpr int64_t kPerGroup = kRowGroup / kChunk;

@@ -5,20 +5,16 @@
 
 namespace qwire {
 
+constexpr int kWidth = kLanes;
 #if defined(__AVX512F__)
-constexpr int kWidth = 16;
 constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-constexpr int kRegisters = 16;
 #else
-constexpr int kWidth = 4;
 constexpr int kRegisters = 16;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
-typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+using Floats = f32v;
+using Ints = i32v;
+using Words = u32v;
 typedef uint16_t Shorts __attribute__((vector_size(4 * kWidth)));
 
 // Not by adding to zeros: for floats that is an addition, since -0 + 0 is 0.

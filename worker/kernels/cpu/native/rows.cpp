@@ -21,7 +21,7 @@ void for_rows(int64_t rows, int64_t elements_a_row, F&& f) {
     });
 }
 
-// The first `count` of 16 floats, zeros after them.
+// The first `count` floats of a vector, zeros after them.
 QWIRE_INLINE f32v load_part(const float* from, int64_t count) {
     f32v x{};
     std::memcpy(&x, from, size_t(count) * sizeof(float));
@@ -30,7 +30,7 @@ QWIRE_INLINE f32v load_part(const float* from, int64_t count) {
 
 QWIRE_INLINE void store_part(float* to, f32v x, int64_t count) { std::memcpy(to, &x, size_t(count) * sizeof(float)); }
 
-// Calls f(i, load, store) for each 16 elements of a row, the last of them perhaps fewer.
+// Calls f(i, load, store) for each vector of a row, the last of them perhaps not whole.
 template <class F>
 QWIRE_INLINE void for_vectors(int64_t size, F&& f) {
     int64_t i = 0;

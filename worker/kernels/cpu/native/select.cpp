@@ -28,7 +28,7 @@ QWIRE_INLINE int32_t max_lane(i32v x) {
     return greatest;
 }
 
-// keys_of logits [from, from + 16), kLowest from `size` on.
+// keys_of a vector of logits, kLowest from `size` on.
 QWIRE_INLINE i32v load_keys(const float* logits, int64_t from, int64_t size) {
     if (from + kLanes <= size) return keys_of(load<f32v>(logits + from));
     i32v keys = i32v{} + kLowest;

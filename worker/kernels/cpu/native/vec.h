@@ -1,6 +1,7 @@
-// Vectors of 16 floats, by the compiler's vector extension: one register with AVX-512, two with AVX2, four without.
+// Vectors as wide as one register of the instruction set, by the compiler's vector extension.
 //
-// Arrays of these with constant indexes stay in registers, which arrays of __m512 do not with g++ 12.
+// Not wider: a vector of several registers has no register of its own, and g++ 12 keeps it in memory. Arrays of these
+// with constant indexes stay in registers, which arrays of __m512 do not.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,18 @@
 
 namespace qwire {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 
-typedef float f32v __attribute__((vector_size(64)));
-typedef int32_t i32v __attribute__((vector_size(64)));
-typedef uint32_t u32v __attribute__((vector_size(64)));
-typedef uint16_t u16v __attribute__((vector_size(32)));
+typedef float f32v __attribute__((vector_size(4 * kLanes)));
+typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
 
 #define QWIRE_INLINE inline __attribute__((always_inline))
 
@@ -41,13 +48,7 @@ QWIRE_INLINE f32v fma(f32v a, f32v b, f32v c) {
 #if defined(__AVX512F__)
     return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-    typedef float half __attribute__((vector_size(32)));
-    struct Halves {
-        half lo, hi;
-    };
-    const auto x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b), z = __builtin_bit_cast(Halves, c);
-    return __builtin_bit_cast(f32v, Halves{(half)_mm256_fmadd_ps((__m256)x.lo, (__m256)y.lo, (__m256)z.lo),
-                                           (half)_mm256_fmadd_ps((__m256)x.hi, (__m256)y.hi, (__m256)z.hi)});
+    return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
 #endif
@@ -59,6 +60,8 @@ QWIRE_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
 QWIRE_INLINE u32v widen_u16(u16v x) {
 #if defined(__AVX512F__)
     return (u32v)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);  // g++ 12 makes four instructions of convertvector
+#elif defined(__AVX2__)
+    return (u32v)_mm256_cvtepu16_epi32((__m128i)x);
 #else
     return __builtin_convertvector(x, u32v);
 #endif

@@ -1,0 +1,78 @@
+"""The cuda backend in a worker, on a device that is a CPU: real processes, stand-ins for flash-attn, and the tokens of
+the reference. And what a machine without a GPU is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwire import Client
+from qwire.stack import Commands
+from tests.helpers.cuda_worker import CAPABILITY
+from tests.helpers.flash import path_of
+from tests.helpers.stacks import running_stack, write_tiny_model
+from tests.helpers.steps import greedy, table
+from worker.kernels import ReferenceKernels
+from worker.runner import TorchRunner
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--kv-cache-mib", "64", "--max-running", "4")
+PROMPTS = [[(13 * index + 7 * i) % 250 for i in range(5 + 40 * index)] for index in range(4)]
+NEW = 12
+DEVICES = {"flash_attn": ("8.0", 256), "flash_attn_interface": ("9.0", 16)}
+"""By module, a GPU that it is the best for, and the block size that it likes."""
+NAMES = {"flash_attn": "flash-attn 2.8.3", "flash_attn_interface": "flash-attn-3 3.0.0"}
+
+
+def answers(client: Client) -> list[list[int]]:
+    def answer(prompt: list[int]) -> list[int]:
+        generation = client.generate(token_ids=prompt, max_tokens=NEW, ignore_eos=True, temperature=0)
+        return generation.read().token_ids
+
+    alone = [answer(prompt) for prompt in PROMPTS[:1]]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(answer, PROMPTS))
+    assert together[:1] == alone
+    return together
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", heads=4, kv_heads=2, dtype="float16")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    torch.set_num_threads(1)
+    runner = TorchRunner(model, num_blocks=16, kernels=ReferenceKernels())
+    return [greedy(runner, prompt, NEW, table(0, len(prompt) + NEW, 16)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("module", DEVICES)
+def test_flash_attn_serves(model: Path, expected: list[list[int]], module: str) -> None:
+    capability, block_size = DEVICES[module]
+    environ = [f"PYTHONPATH={path_of(module)}:{ROOT}", f"{CAPABILITY}={capability}"]
+    command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")
+    with (
+        running_stack(
+            model, "tiny", worker_flags=(*SMALL, "--backend", "cuda"), commands=Commands(worker=command)
+        ) as stack,
+        stack.client() as client,
+    ):
+        assert answers(client) == expected
+        assert any("backend cuda" in line and f"attention by {NAMES[module]}" in line for line in stack.lines)
+        assert any(f"KV blocks of {block_size} (" in line for line in stack.lines)
+
+
+def test_what_a_machine_without_a_gpu_is_told(model: Path) -> None:
+    argv = [sys.executable, "-m", "worker", "serve", "--model", str(model), "--listen", "127.0.0.1:0"]
+    result = subprocess.run([*argv, "--backend", "cuda"], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    assert "--backend: " in result.stderr
+    assert "was built without CUDA" in result.stderr or "torch finds no GPU" in result.stderr
+    assert "Traceback" not in result.stderr
