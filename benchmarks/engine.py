@@ -1,6 +1,6 @@
 """The engine against transformers' `generate`, on the same weights: both sides in turn, medians.
 
-    python -m benchmarks.engine [--model FOLDER] [--dtype float32] [--rounds 3] [--json]
+    python -m benchmarks.engine [--model FOLDER] [--dtype float32] [--backend reference] [--rounds 3] [--json]
 
 Prefill is 512 tokens; decode is the median step behind a prompt of 128 tokens. Ids are random; greedy; EOS ignored.
 """
@@ -25,6 +25,8 @@ from qwire import hub, prefix
 from worker.engine.engine import Engine, StepReport
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import Request
+from worker.kernels import BACKENDS, choose_kernels
+from worker.model import ModelConfig
 from worker.runner.runner import TorchRunner
 
 PROMPT, NEW, PREFILL = 128, 24, 512
@@ -118,12 +120,15 @@ def weight_bytes(folder: Path) -> int:
 @click.command()
 @click.option("--model", default=hub.DEMO, help="Folder, hub id or demo.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
+@click.option("--backend", default="auto", type=click.Choice(["auto", *BACKENDS]), help="Kernels, as of serve.")
 @click.option("--rounds", default=3, help="Turns that each side gets.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def main(model: str, dtype: str, rounds: int, as_json: bool) -> None:
+def main(model: str, dtype: str, backend: str, rounds: int, as_json: bool) -> None:
     """Compares prefill and decode with transformers."""
     folder = hub.resolve(model, sys.stderr)
-    runner = TorchRunner(folder, num_blocks=256, dtype=dtype)
+    head_dim = ModelConfig.read(folder).head_dim
+    kernels = choose_kernels(backend, head_dim=head_dim, threads=torch.get_num_threads()).kernels
+    runner = TorchRunner(folder, num_blocks=256, dtype=dtype, kernels=kernels)
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     limits = measure()
     sides: dict[str, dict[str, list[float]]] = {"qwire": {}, "transformers": {}}
@@ -135,9 +140,14 @@ def main(model: str, dtype: str, rounds: int, as_json: bool) -> None:
         name: {case: statistics.median(values) for case, values in cases.items()} for name, cases in sides.items()
     }
     if as_json:
-        print(json.dumps({"model": str(folder), "dtype": dtype, "limits": asdict(limits), **medians}))
+        print(
+            json.dumps(
+                {"model": str(folder), "dtype": dtype, "backend": kernels.name, "limits": asdict(limits), **medians}
+            )
+        )
         return
-    print(f"{folder.name}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {rounds}")
+    print(f"{folder.name}, {dtype}, {kernels.name} kernels, medians of {rounds}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"limits: read {limits.read_bytes_per_s / 1e9:.1f} GB/s, float32 {limits.flop_per_s / 1e9:.0f} GFLOP/s")
     print(f"{'case':<14}{'qwire':>10}{'transformers ' + transformers.__version__:>24}{'ratio':>8}   share of limit")
     size = weight_bytes(folder) * (0.5 if dtype == "bfloat16" and runner.config.dtype == "float32" else 1)

@@ -41,6 +41,9 @@ class Work:
     """Other numerics are better than none."""
     arrival: float
     """On the monotonic clock, in seconds; so is the deadline."""
+    tenant: bytes = b""
+    """What workers know its tenant by."""
+    priority: int = 0
     deadline: float = math.inf
     numerics_id: str = ""
     """What its first worker's must be, for a stream that goes on here; empty for any."""
@@ -156,6 +159,8 @@ class Dispatch:
             moved=self._moved,
             waited_ms=round((now - work.arrival) * 1000),
             suspect=self._faults > 0,
+            priority=work.priority,
+            tenant=work.tenant,
         )
 
     def _move(self, lost: Lost) -> None:

@@ -107,6 +107,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             requests_running=sum(link.load.running for link in links),
             requests_waiting=sum(link.load.waiting for link in links),
             preemptions=sum(link.load.preemptions for link in links),
+            drafted_tokens=sum(link.load.drafted_tokens for link in links),
+            accepted_tokens=sum(link.load.accepted_tokens for link in links),
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> NoReturn:

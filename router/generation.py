@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -25,6 +23,7 @@ from router.dispatch import Dispatch, Work
 from router.fleet import Fleet
 from router.journal import Journal
 from router.live_requests import LiveRequests
+from router.tenant import cache_scope, tenant_key, tenant_of
 from router.tokenizer_link import TokenizerLink, relay
 from router.validation import Violations, check, check_prompt, resolve
 
@@ -80,6 +79,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _stream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         arrival, remaining = time.monotonic(), context.time_remaining()
+        tenant = tenant_of(context.invocation_metadata())
         check(request, self._config)
         resumed = None
         if request.HasField("resume"):
@@ -87,12 +87,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request = resume.filled(request, resumed)
         request_id = request.request_id if request.HasField("request_id") else None
         again = resumed is not None or _was_sent_before(context)
-        async with self._live.admit(request_id, again=again) as live:
+        async with self._live.admit(tenant, request_id, again=again) as live:
             model = await self._fleet.find_model(request.model)
             self._fleet.refuse_if_full(model.name)  # before anything is computed for it
             prompt = await self._prompt(request, resumed)
             check_prompt(request, prompt.ids, model, self._config)
-            sampling, stop = resolve(request, len(prompt.ids), model, self._config)
+            sampling, stop = resolve(request, len(prompt.ids), model, self._config, tenant)
             parameters = resume.digest(sampling, stop, request.output, request.constraint, model.eos_token_ids)
             if resumed is not None:
                 resume.check_same(resumed, prompt.ids, parameters)
@@ -113,9 +113,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 model=model.name,
                 prompt_ids=prompt.ids,
                 params=params,
-                scope=self._scope(request),
+                scope=cache_scope(self._config.fleet_secret, tenant, request.prefix_cache.scope),
                 bypass=request.prefix_cache.bypass,
                 best_effort=request.continuity == pb.CONTINUITY_BEST_EFFORT,
+                tenant=tenant_key(self._config.fleet_secret, tenant),
+                priority=request.priority,
                 arrival=arrival,
                 deadline=math.inf if remaining is None else arrival + remaining,
                 numerics_id=resumed.numerics_id if resumed is not None else "",
@@ -191,11 +193,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         first = self._next_sequence
         self._next_sequence += count
         return range(first, self._next_sequence)
-
-    def _scope(self, request: pb.GenerateRequest) -> bytes:
-        """Whose cached blocks the request may share."""
-        message = b"\0" + request.prefix_cache.scope.encode()
-        return hmac.digest(self._config.fleet_secret.encode(), message, hashlib.sha256)[:16]
 
 
 def _was_sent_before(context: Context) -> bool:

@@ -47,19 +47,20 @@ class LiveRequest:
 
 
 class LiveRequests:
-    """At most `limit` streams, no two with one id but for one that is being superseded."""
+    """At most `limit` streams, no two of a tenant with one id but for one that is being superseded."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._count = 0
-        self._by_id: dict[str, LiveRequest] = {}
+        self._by_id: dict[tuple[str, str], LiveRequest] = {}
+        """By tenant and request id."""
 
     def __len__(self) -> int:
         return self._count
 
     @asynccontextmanager
-    async def admit(self, request_id: str | None, *, again: bool) -> AsyncIterator[LiveRequest]:
-        """Holds one of the places, and the id, which is made up for None.
+    async def admit(self, tenant: str, request_id: str | None, *, again: bool) -> AsyncIterator[LiveRequest]:
+        """Holds one of the places, and the id among the tenant's, which is made up for None.
 
         Args:
             again: the call was sent before and may supersede a live one of its id.
@@ -75,14 +76,15 @@ class LiveRequests:
                 retry_after=OVERLOADED_RETRY_SECONDS,
             )
         request_id = uuid.uuid4().hex if request_id is None else request_id
-        older = self._by_id.get(request_id)
+        name = tenant, request_id
+        older = self._by_id.get(name)
         if older is not None and not again:
             raise QwireError(
                 grpc.StatusCode.ALREADY_EXISTS,
                 "a live request has this request_id",
                 reason=Reason.DUPLICATE_REQUEST_ID,
             )
-        live = self._by_id[request_id] = LiveRequest(request_id)
+        live = self._by_id[name] = LiveRequest(request_id)
         self._count += 1
         try:
             if older is not None:
@@ -93,8 +95,8 @@ class LiveRequests:
         finally:
             self._count -= 1
             live.ended.set()
-            if self._by_id.get(request_id) is live:
-                del self._by_id[request_id]
+            if self._by_id.get(name) is live:
+                del self._by_id[name]
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

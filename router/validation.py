@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from qwire.errors import FieldViolation, QwireError, Reason
+from qwire.ordering import MAX_PRIORITY, MIN_PRIORITY
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import models_pb2, tokenizer_pb2
 from router.config import RouterConfig
@@ -85,9 +86,10 @@ def check(request: pb.GenerateRequest, config: RouterConfig) -> None:
     _check_output(request.output, config, found)
     if request.HasField("constraint"):
         _check_constraint(request.constraint, config, found)
-    for name in ("priority", "adapter"):
-        if request.HasField(name):
-            found.not_yet(name)
+    if request.HasField("priority") and not MIN_PRIORITY <= request.priority <= MAX_PRIORITY:
+        found.add("priority", f"must be in [{MIN_PRIORITY}, {MAX_PRIORITY}], not {request.priority}")
+    if request.HasField("adapter"):
+        found.not_yet("adapter")
     if request.continuity not in pb.Continuity.values():
         found.add("continuity", f"is none of the known values: {request.continuity}")
     if len(request.prefix_cache.scope.encode()) > MAX_SCOPE_BYTES:
@@ -286,7 +288,11 @@ def check_prompt(
 
 
 def resolve(
-    request: pb.GenerateRequest, prompt_tokens: int, model: models_pb2.ModelInfo, config: RouterConfig
+    request: pb.GenerateRequest,
+    prompt_tokens: int,
+    model: models_pb2.ModelInfo,
+    config: RouterConfig,
+    tenant: str = "",
 ) -> tuple[pb.SamplingParams, pb.StopOptions]:
     """Every sampling and stop value as it will be used: the request's own, else the model's default."""
     asked, default = request.sampling, model.default_sampling
@@ -301,7 +307,7 @@ def resolve(
         frequency_penalty=asked.frequency_penalty,
         presence_penalty=asked.presence_penalty,
         logit_bias=asked.logit_bias,
-        seed=asked.seed if asked.HasField("seed") else _seed(request),
+        seed=asked.seed if asked.HasField("seed") else _seed(request, tenant),
         n=asked.n if asked.HasField("n") else 1,
         bad_words=asked.bad_words,
         allowed_token_ids=asked.allowed_token_ids,
@@ -325,8 +331,9 @@ def _max_tokens(
     return min(model.context_length - prompt_tokens, config.default_max_tokens)
 
 
-def _seed(request: pb.GenerateRequest) -> int:
-    """A retry under the caller's own request id draws the same tokens; without one, every call draws anew."""
+def _seed(request: pb.GenerateRequest, tenant: str) -> int:
+    """A retry under the tenant's own request id draws the same tokens; without one, every call draws anew."""
     if request.HasField("request_id"):
-        return int.from_bytes(hashlib.sha256(b"qwire seed\0" + request.request_id.encode()).digest()[:8], "little")
+        name = f"{tenant}\0{request.request_id}" if tenant else request.request_id
+        return int.from_bytes(hashlib.sha256(b"qwire seed\0" + name.encode()).digest()[:8], "little")
     return secrets.randbits(64)

@@ -8,11 +8,13 @@ from typing import Any
 from router.config import RouterConfig
 from tokenizer_svc.config import TokenizerConfig
 from worker.config import WorkerConfig
+from worker.fake.config import FakeWorkerConfig
 
 SERVICES: dict[str, tuple[str, type[Any]]] = {
     "router": ("python -m router serve", RouterConfig),
     "tokenizer": ("python -m tokenizer_svc serve", TokenizerConfig),
     "worker": ("python -m worker serve", WorkerConfig),
+    "fake_worker": ("python -m worker.fake serve", FakeWorkerConfig),
 }
 
 HEAD = """# Settings

@@ -182,7 +182,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     face = WorkerFace(info, grammars)
     engine = Engine(
         ranks or runner,
-        SchedulerLimits(config.max_step_tokens, config.max_running),
+        SchedulerLimits(config.max_step_tokens, config.max_running, max_draft_tokens=config.speculation),
         max_waiting=config.max_waiting,
         clock=time.monotonic,
         deliver=face.deliver,

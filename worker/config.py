@@ -56,6 +56,12 @@ class WorkerConfig:
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
     max_running: int = setting(default=64, help="Sequences that run at once.")
     max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
+    speculation: int = setting(
+        default=12,
+        help="Tokens that a step guesses for a sequence at most, by looking up what followed where its last ones came "
+        "before, and keeps if they are what is drawn: output is the same without. As many as are likely to pay are "
+        "guessed; 0 guesses none.",
+    )
     tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
     collective_timeout: float = setting(
         default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."
@@ -71,7 +77,7 @@ class WorkerConfig:
         for name in ("max_step_tokens", "max_running", "max_waiting", "kv_cache_mib", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
-        for name in ("kv_blocks", "threads", "grace"):
+        for name in ("kv_blocks", "speculation", "threads", "grace"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
         if self.collective_timeout < 1:

@@ -23,7 +23,7 @@ from worker.cache_feed import CacheFeed
 from worker.constraints.grammars import ConstraintRefused, Grammars, TooManyPending
 from worker.engine.engine import Engine, NeverFits, QueueFull, StepReport
 from worker.engine.sequence import Request
-from worker.frames import engine_request, load_frame, sequence_step, valid
+from worker.frames import add_report, engine_request, load_frame, valid
 from worker.link import Link
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             link = self._links.get(number)
             if link is None or sequence.choice not in link.live.get(attempt, ()):
                 continue  # aborted while the step ran
-            frames[number].sequences.append(sequence_step(attempt, sequence))
+            add_report(frames[number], attempt, sequence)
             if sequence.end is not None:
                 link.ended(attempt, sequence.choice)
         for number, frame in frames.items():

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 from google.protobuf.duration_pb2 import Duration
 
+from qwire.ordering import MAX_PRIORITY, MIN_PRIORITY
 from qwire.prefix import HASH_BYTES
 from qwire.v1 import generation_pb2
 from qwire.v1 import worker_pb2 as pb
@@ -16,6 +17,7 @@ from worker.engine.plan import NO_TOKEN, SamplingParams
 from worker.engine.sequence import EndReason, Request
 
 MAX_CHOICES = 64
+MAX_TENANT_BYTES = 32
 
 END_REASONS = {
     EndReason.EOS: pb.END_REASON_EOS,
@@ -37,6 +39,8 @@ def valid(submit: pb.Submit, vocab_size: int) -> bool:
         and len(submit.choices) <= MAX_CHOICES
         and all(len(ids) < params.max_tokens and max(ids, default=0) < vocab_size for ids in generated)
         and params.max_tokens >= 1
+        and MIN_PRIORITY <= submit.priority <= MAX_PRIORITY
+        and len(submit.tenant) <= MAX_TENANT_BYTES
         and (submit.bypass_prefix_cache or len(submit.prefix_root) == HASH_BYTES)
         and 0 <= params.temperature < math.inf
         and 0 < params.top_p <= 1
@@ -68,6 +72,8 @@ def engine_request(submit: pb.Submit, key: Hashable) -> Request:
         waited=submit.waited_ms / 1000,
         moved=submit.moved,
         suspect=submit.suspect,
+        tenant=submit.tenant,
+        priority=submit.priority,
     )
 
 
@@ -98,13 +104,17 @@ def load_frame(load: LoadReport, submits_seen: int) -> pb.Load:
         blocks_free=load.blocks_free,
         submits_seen=submits_seen,
         preemptions=load.preemptions,
+        drafted_tokens=load.drafted_tokens,
+        accepted_tokens=load.accepted_tokens,
     )
 
 
-def sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
-    """What a step brought to one sequence."""
+def add_report(frame: pb.Step, attempt: int, report: SequenceReport) -> None:
+    """Adds to a frame what a step brought to a sequence; one token after another, if it brought several."""
     drawn = report.drawn
-    step = pb.SequenceStep(attempt=attempt, choice=report.choice, token_index=report.token_index)
+    step = frame.sequences[-1] if frame.sequences else None
+    if step is None or (step.attempt, step.choice) != (attempt, report.choice):
+        step = frame.sequences.add(attempt=attempt, choice=report.choice, token_index=report.token_index)
     if drawn.token_id != NO_TOKEN:
         step.token_ids.append(drawn.token_id)
     if drawn.logprob is not None:
@@ -124,7 +134,6 @@ def sequence_step(attempt: int, report: SequenceReport) -> pb.SequenceStep:
         )
     if report.end is not None:
         step.end.reason = END_REASONS[report.end]
-    return step
 
 
 def _duration(seconds: float) -> Duration:

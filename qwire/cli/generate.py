@@ -24,7 +24,8 @@ from qwire.client import Client, Generation
 @click.option("--n", type=int, help="Number of choices.")
 @click.option("--logprobs", type=int, help="Log-probabilities of the drawn token and of this many others.")
 @click.option("--request-id", metavar="ID", help="Names the request in logs and errors.")
-@click.option("--priority", type=int, help="Higher is served first.")
+@click.option("--priority", type=int, help="Higher is served first; -10 to 10.")
+@click.option("--tenant", metavar="NAME", help="On whose behalf; tenants share time, never cached prefixes.")
 @click.option("--bypass", is_flag=True, default=None, help="Don't use the prefix cache.")
 @click.option("--scope", metavar="TEXT", help="Share cached prefixes only within this scope.")
 @click.option(
@@ -35,7 +36,12 @@ from qwire.client import Client, Generation
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print each message of the stream as a line of JSON.")
 def generate(
-    address: tuple[str, ...], timeout: float | None, as_json: bool, messages: TextIO | None, **options: Any
+    address: tuple[str, ...],
+    tenant: str | None,
+    timeout: float | None,
+    as_json: bool,
+    messages: TextIO | None,
+    **options: Any,
 ) -> None:
     """Generates from a prompt and prints the text as it comes.
 
@@ -49,7 +55,7 @@ def generate(
         raise click.UsageError(str(error)) from error
     with (
         reported_errors(as_json=as_json),
-        Client(address) as client,
+        Client(address, metadata=[("qwire-tenant", tenant)] if tenant is not None else ()) as client,
         client.generate_request(request, timeout=timeout) as generation,
     ):
         if as_json:

@@ -198,6 +198,8 @@ class GetStateResponse(_message.Message):
     REQUESTS_RUNNING_FIELD_NUMBER: _builtins.int
     REQUESTS_WAITING_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     active_streams: _builtins.int
     """Streams that this router is serving."""
     blocks_in_use: _builtins.int
@@ -210,6 +212,9 @@ class GetStateResponse(_message.Message):
     requests_waiting: _builtins.int
     preemptions: _builtins.int
     """How often running requests had to give their KV blocks to others, over all workers since they started."""
+    drafted_tokens: _builtins.int
+    """Ids that workers guessed, and those of them that were then drawn, over all workers since they started."""
+    accepted_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -220,10 +225,12 @@ class GetStateResponse(_message.Message):
         requests_running: _builtins.int = ...,
         requests_waiting: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "preemptions", b"preemptions", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

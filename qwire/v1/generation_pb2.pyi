@@ -128,7 +128,7 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """The served model's name; empty works where one model is served. NOT_FOUND when it isn't served."""
     request_id: _builtins.str
-    """Names the request in logs and errors; unique among the caller's live requests, but for a call with `resume` and one
+    """Names the request in logs and errors; unique among the tenant's live requests, but for a call with `resume` and one
     that gRPC's own retries send again: these end the first one ABORTED and go on in its place. At most 128 printable
     ASCII characters; unset means that the server makes one up.
     """
@@ -137,7 +137,9 @@ class GenerateRequest(_message.Message):
     somebody else here next to a template of your own: use chat, where content stays content.
     """
     priority: _builtins.int
-    """Higher is served first; unset means 0. Not in this release: INVALID_ARGUMENT."""
+    """Higher is served first, in [-10, 10]; unset means 0. What is lower waits longer, but never for ever. Within a
+    priority, tenants (see GenerationService) take turns, and of one tenant's requests the earliest deadline goes first.
+    """
     adapter: _builtins.str
     """Name of a fine-tuned adapter. Not in this release: INVALID_ARGUMENT."""
     continuity: Global___Continuity.ValueType
@@ -573,7 +575,7 @@ class PrefixCacheOptions(_message.Message):
     bypass: _builtins.bool
     """Neither read from the cache nor leave anything in it."""
     scope: _builtins.str
-    """Requests share cached prefixes only within the same scope; at most 128 bytes."""
+    """Requests share cached prefixes only within the same tenant and scope; at most 128 bytes."""
     def __init__(
         self,
         *,

@@ -26,7 +26,12 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Metadata of a call:
+
+    qwire-tenant   On whose behalf it is made: 1 to 64 letters, digits, ".", "_" and "-"; unset is a tenant of its own.
+    Tenants share the workers' time evenly, never a cached prefix, and request ids are each tenant's own.
+    Whoever can call can name any tenant: there is no authentication in this release.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,7 +62,12 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Metadata of a call:
+
+    qwire-tenant   On whose behalf it is made: 1 to 64 letters, digits, ".", "_" and "-"; unset is a tenant of its own.
+    Tenants share the workers' time evenly, never a cached prefix, and request ids are each tenant's own.
+    Whoever can call can name any tenant: there is no authentication in this release.
+    """
 
     def Generate(self, request, context):
         """Streams tokens and text as they are generated.
@@ -119,7 +129,12 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Metadata of a call:
+
+    qwire-tenant   On whose behalf it is made: 1 to 64 letters, digits, ".", "_" and "-"; unset is a tenant of its own.
+    Tenants share the workers' time evenly, never a cached prefix, and request ids are each tenant's own.
+    Whoever can call can name any tenant: there is no authentication in this release.
+    """
 
     @staticmethod
     def Generate(request,

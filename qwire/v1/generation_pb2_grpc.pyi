@@ -46,6 +46,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
+    """Metadata of a call:
+
+      qwire-tenant   On whose behalf it is made: 1 to 64 letters, digits, ".", "_" and "-"; unset is a tenant of its own.
+                     Tenants share the workers' time evenly, never a cached prefix, and request ids are each tenant's own.
+                     Whoever can call can name any tenant: there is no authentication in this release.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -61,6 +68,13 @@ class GenerationServiceStub:
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
+    """Metadata of a call:
+
+      qwire-tenant   On whose behalf it is made: 1 to 64 letters, digits, ".", "_" and "-"; unset is a tenant of its own.
+                     Tenants share the workers' time evenly, never a cached prefix, and request ids are each tenant's own.
+                     Whoever can call can name any tenant: there is no authentication in this release.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams tokens and text as they are generated."""
@@ -72,6 +86,13 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Scores documents against a query, or a text's own tokens. Not in this release: UNIMPLEMENTED."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Metadata of a call:
+
+      qwire-tenant   On whose behalf it is made: 1 to 64 letters, digits, ".", "_" and "-"; unset is a tenant of its own.
+                     Tenants share the workers' time evenly, never a cached prefix, and request ids are each tenant's own.
+                     Whoever can call can name any tenant: there is no authentication in this release.
+    """
+
     @_abc_1.abstractmethod
     def Generate(
         self,

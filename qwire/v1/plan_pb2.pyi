@@ -120,11 +120,16 @@ class PlannedChunk(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     BLOCK_TABLE_FIELD_NUMBER: _builtins.int
     DRAWS_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     """Position of the first id in its sequence."""
     draws: _builtins.int
     """How many tokens are drawn from the logits of the chunk's last position: none while more of the prompt is to come.
     How they are drawn is the business of rank 0, to which the logits go.
+    """
+    drafts: _builtins.int
+    """How many of the last token_ids are guesses at what is drawn before them. With any, there is one draw for each of the
+    last 1 + drafts positions.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -141,10 +146,11 @@ class PlannedChunk(_message.Message):
         start: _builtins.int = ...,
         block_table: _abc.Iterable[_builtins.int] | None = ...,
         draws: _builtins.int = ...,
+        drafts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_table", b"block_table", "draws", b"draws", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_table", b"block_table", "drafts", b"drafts", "draws", b"draws", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

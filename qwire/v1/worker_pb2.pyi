@@ -340,6 +340,8 @@ class Submit(_message.Message):
     MOVED_FIELD_NUMBER: _builtins.int
     WAITED_MS_FIELD_NUMBER: _builtins.int
     SUSPECT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Counts up within a router; with Hello.router_id it names this attempt at a request for ever. A request that moves
     gets a new one, so what an old worker still says can be told apart.
@@ -353,9 +355,17 @@ class Submit(_message.Message):
     moved: _builtins.bool
     """A worker had it before, and was lost: it keeps the place that it was given there, so a full queue takes it too."""
     waited_ms: _builtins.int
-    """How long ago the request arrived at the router: requests wait in the order in which they arrived there."""
+    """How long ago the request arrived at the router: requests of one tenant wait in the order in which they arrived
+    there, those with a deadline before it before others.
+    """
     suspect: _builtins.bool
     """Its worker may have failed because of it. Of such requests a step computes one at most, until it yields a token."""
+    priority: _builtins.int
+    """In [-10, 10], 0 is usual: of the requests that wait, those of higher priority are served first. See qwire.ordering."""
+    tenant: _builtins.bytes
+    """Whose request it is: at most 32 bytes that mean nothing else. Requests of one priority take turns by tenant, so that
+    each gets as much as the others; empty is a tenant like any other.
+    """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -384,10 +394,12 @@ class Submit(_message.Message):
         moved: _builtins.bool = ...,
         waited_ms: _builtins.int = ...,
         suspect: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+        tenant: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "constraint", b"constraint", "params", b"params", "remaining_ms", b"remaining_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "constraint", b"constraint", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "waited_ms", b"waited_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "constraint", b"constraint", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "priority", b"priority", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "tenant", b"tenant", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__remaining_ms: _TypeAlias = _typing.Literal["remaining_ms"]  # noqa: Y015
     _WhichOneofArgType__remaining_ms: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms"]  # noqa: Y015
@@ -858,6 +870,8 @@ class Load(_message.Message):
     BLOCKS_FREE_FIELD_NUMBER: _builtins.int
     SUBMITS_SEEN_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -871,6 +885,9 @@ class Load(_message.Message):
     """Submits of this router that the report covers: what was sent since comes on top."""
     preemptions: _builtins.int
     """How often a running request had to give its KV blocks to others since the worker started."""
+    drafted_tokens: _builtins.int
+    """Ids that were guessed for sequences, and those of them that were then drawn, since the worker started."""
+    accepted_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -882,10 +899,12 @@ class Load(_message.Message):
         blocks_free: _builtins.int = ...,
         submits_seen: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

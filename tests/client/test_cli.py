@@ -46,7 +46,7 @@ def test_every_flag(server: FakeServer) -> None:
         "--token-ids 1,2,3 --model m --max-tokens 8 --min-tokens 1 --temperature 0.5 --top-p 0.25 --top-k 3 "
         "--min-p 0.125 --repetition-penalty 1.5 --frequency-penalty 0.5 --presence-penalty -0.5 --seed 7 --n 1 "
         "--stop a --stop b --stop-token-ids 4,5 --stop-token-ids 6 --ignore-eos --include-stop --logprobs 2 "
-        "--request-id r --priority -1 --bypass --scope s --timeout 20"
+        "--request-id r --priority -1 --bypass --scope s --timeout 20 --tenant t"
     )
     assert run(server, "generate", *flags.split()).exit_code == 0
     assert server.requests == [
@@ -74,6 +74,7 @@ def test_every_flag(server: FakeServer) -> None:
         )
     ]
     assert server.remaining[0] is not None
+    assert server.metadata[0]["qwire-tenant"] == "t"
 
 
 def test_constraints(server: FakeServer, tmp_path: Path) -> None:

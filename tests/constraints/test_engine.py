@@ -121,6 +121,12 @@ async def test_the_same_alone_in_company_preempted_and_moved(folder: Path, gramm
     for key in met:
         if CONSTRAINTS[key[0]] is CONSTRAINTS[0]:
             jsonschema.validate(json.loads(_text(alone.ids[key])), SCHEMA)
+    guessing = Run(folder, 64, SchedulerLimits(100, 2, max_draft_tokens=7))
+    for request in await requests(grammars):
+        guessing.engine.submit(request)
+    guessing.finish()
+    assert guessing.engine.load.accepted_tokens > 20
+    assert (guessing.ids, guessing.ends) == (alone.ids, alone.ends)
     # Behind what another worker had generated when it died: each choice another count of ids.
     begun = {key: ids[: 3 + 5 * key[2]] for key, ids in alone.ids.items() if len(ids) > 9}
     moved = Run(folder, 64, SchedulerLimits(64, 16))

@@ -160,6 +160,20 @@ def test_states_depend_on_ids_alone(seed: int, cut: int) -> None:
             again, other = await grammars.begin(constraint, [1], [kept, ids[:-1]], may_end=True)
             assert again.mask().bits() == masks[len(kept)]
             assert other.mask().bits() == masks[-1]
+            # Masks ahead of ids that come, and of one that doesn't; states that are walked to by way of them.
+            (state,) = await grammars.begin(constraint, [1], [()], may_end=True)
+            done = 0
+            while done < len(ids) - 1:
+                count = draw.randint(0, 5)
+                drafts = ids[done : len(ids) - 1][:count]
+                wrong = [draw.randrange(256)] * draw.randint(0, 1)
+                behind = [mask.bits() for mask in state.masks_behind([*drafts, *wrong])]
+                assert behind[: len(drafts)] == masks[done + 1 :][: len(drafts)]
+                for token in ids[done : len(ids) - 1][: draw.randint(1, count + 2)]:
+                    assert state.mask().bits() == masks[done]
+                    assert state.advance(token) is Standing.OPEN
+                    done += 1
+            assert state.mask().bits() == masks[-1]
             if standing is Standing.COMPLETE:
                 words = dict(zip(range(256, 261), (b"th", b"the", b"tr", b"tru", b"true"), strict=True))
                 data = b"".join(words.get(token) or bytes([token]) for token in ids)

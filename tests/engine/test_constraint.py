@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tests.engine.test_engine import Harness
 from tests.helpers.fake_runner import continuation
 from worker.engine.constraint import Standing, TokenMask
@@ -28,6 +30,9 @@ class Script:
             self._mask = Mask()
             self.masks += 1
         return self._mask
+
+    def masks_behind(self, ids: Sequence[int]) -> list[TokenMask]:
+        return [Mask() for _ in ids]
 
     def advance(self, token: int) -> Standing:
         self.ids, self._mask = (*self.ids, token), None

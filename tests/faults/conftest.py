@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from qwire.stack import Commands
+from tests.faults.faulty_worker import BRAKE
 from tests.faults.load import Options, References
 from tests.faults.processes import wait_for_workers
 from tests.helpers.stacks import RunningStack, running_stack, write_tiny_model
 
 FLAGS = ("--kv-cache-mib", "64", "--threads", "1", "--max-running", "6", "--grace", "1")
 TOKENS = 180
-"""Long enough to be hit in the middle."""
+"""Long enough to be hit in the middle, under the brake for seconds."""
 
 
 @pytest.fixture(scope="package")
@@ -20,14 +23,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("faults") / "tiny")
 
 
+@pytest.fixture(scope="package")
+def brake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that slows the workers of `pair` down while it is there."""
+    return tmp_path_factory.mktemp("brake") / "on"
+
+
 @pytest.fixture(scope="module")
-def pair(tiny_model: Path) -> Iterator[RunningStack]:
+def pair(tiny_model: Path, brake: Path) -> Iterator[RunningStack]:
     """Two workers behind a router."""
-    with running_stack(
-        tiny_model, "tiny", workers=2, worker_flags=FLAGS, router_flags=("--worker-wait", "60")
-    ) as stack:
-        wait_for_workers(stack)
-        yield stack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BRAKE, str(brake))
+        with running_stack(
+            tiny_model,
+            "tiny",
+            workers=2,
+            worker_flags=FLAGS,
+            router_flags=("--worker-wait", "60"),
+            commands=Commands(worker=(sys.executable, "-m", "tests.faults.faulty_worker")),
+        ) as stack:
+            wait_for_workers(stack)
+            yield stack
 
 
 @pytest.fixture(scope="module")

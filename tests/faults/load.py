@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -78,15 +79,22 @@ def run(client: Client, options: Options, record: Record) -> Record:
 
 
 class Load:
-    """Requests that run at once, each with a client of its own."""
+    """Requests that run at once, each with a client of its own.
 
-    def __init__(self, address: str | Sequence[str], requests: Iterable[Options]) -> None:
+    Args:
+        brake: what slows the workers down until `go_on`, so that streams are still running when a fault comes.
+    """
+
+    def __init__(self, address: str | Sequence[str], requests: Iterable[Options], brake: Path | None = None) -> None:
         self.records = [Record(options) for options in requests]
         self._address = address
+        self._brake = brake
         self._pool = ThreadPoolExecutor(len(self.records))
         self._futures: list[Future[Record]] = []
 
     def start(self) -> None:
+        if self._brake is not None:
+            self._brake.touch()
         for record in self.records:
             self._futures.append(self._pool.submit(self._run, record))
 
@@ -102,7 +110,13 @@ class Load:
         over = [record.error for record in self.records if record.error is not None]
         assert eventually(condition, 60), f"it never came to that; ended: {over}"
 
+    def go_on(self) -> None:
+        """Takes the brake off."""
+        if self._brake is not None:
+            self._brake.unlink(missing_ok=True)
+
     def finish(self) -> list[Record]:
+        self.go_on()
         try:
             return [future.result(100) for future in self._futures]
         finally:
@@ -110,9 +124,9 @@ class Load:
 
 
 @contextmanager
-def load(address: str | Sequence[str], requests: Iterable[Options]) -> Iterator[Load]:
-    """A load that has been started, and is over when the block is left."""
-    running = Load(address, requests)
+def load(address: str | Sequence[str], requests: Iterable[Options], brake: Path | None = None) -> Iterator[Load]:
+    """A load that has been started, and is over when the block is left; until then the brake is on."""
+    running = Load(address, requests, brake)
     running.start()
     try:
         yield running

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -28,9 +29,9 @@ def client(pair: RunningStack) -> Iterator[Client]:
         yield client
 
 
-def test_a_router_that_is_killed(pair: RunningStack, references: References, mixed: list[Options]) -> None:
+def test_a_router_that_is_killed(pair: RunningStack, references: References, mixed: list[Options], brake: Path) -> None:
     with another_router(pair) as router:
-        with load([router.address, pair.address], mixed) as running:
+        with load([router.address, pair.address], mixed, brake) as running:
             running.wait_for_tokens(20)
             killed = time.monotonic()
             router.kill()
@@ -49,9 +50,11 @@ def test_workers_free_what_a_killed_router_left_behind(pair: RunningStack) -> No
         check_nothing_left(pair)
 
 
-def test_a_router_that_is_told_to_end(pair: RunningStack, references: References, mixed: list[Options]) -> None:
+def test_a_router_that_is_told_to_end(
+    pair: RunningStack, references: References, mixed: list[Options], brake: Path
+) -> None:
     with another_router(pair, "--grace", "1") as router:
-        with load([router.address, pair.address], mixed) as running:
+        with load([router.address, pair.address], mixed, brake) as running:
             running.wait_for_tokens(20)
             router.process.send_signal(signal.SIGTERM)
         check(running.records, references)
@@ -155,7 +158,7 @@ def test_what_was_left_to_defaults_is_kept(wire: Wire) -> None:
     for choice in range(2):
         assert ids([*first, *again], choice) == ids(whole, choice)
         assert text([*first, *again], choice) == text(whole, choice)
-    usage = {m.finished.choice: m.finished.usage for m in again if m.HasField("finished")}
+    usage = {m.finished.choice: m.finished.usage for m in [*first, *again] if m.HasField("finished")}
     for message in whole:
         if message.HasField("finished"):
             assert usage[message.finished.choice].generated_tokens == message.finished.usage.generated_tokens
@@ -251,8 +254,8 @@ def test_another_fleets_tokens_are_refused(pair: RunningStack, wire: Wire) -> No
         stranger.channel.close()
 
 
-def test_the_only_router_is_killed_and_started_again(pair: RunningStack, references: References) -> None:
-    with load(pair.address, [{**GREEDY, "timeout": 90}]) as running:
+def test_the_only_router_is_killed_and_started_again(pair: RunningStack, references: References, brake: Path) -> None:
+    with load(pair.address, [{**GREEDY, "timeout": 90}], brake) as running:
         running.wait_for_tokens(20)
         os.kill(pair.pids["router"], signal.SIGKILL)
     check(running.records, references)

@@ -14,12 +14,16 @@ class FakeRunner:
     A wrong block table, a block shared while it is written, or a position that was never computed changes the tokens or
     raises. So does a position that was computed behind other tokens than those before it, as keys and values are: a
     block copied from where another prefix came before.
+
+    Args:
+        memory: what it says depends on so many of the last tokens; None on all of them. With few it repeats itself.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000) -> None:
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 1000, memory: int | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.memory = memory
         self.cache: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
         """A position's token, and a mark of all tokens up to it."""
         self.steps: list[StepPlan] = []
@@ -38,9 +42,18 @@ class FakeRunner:
                 self.cache[chunk.block_table[block]][slot] = token, mark
         drawn: list[list[Drawn]] = []
         for chunk in plan.chunks:
-            tokens, _ = self._read(chunk.block_table, chunk.start + len(chunk.token_ids))
-            drawn.append([Drawn(next_token(tokens, self.vocab_size, draw.choice)) for draw in chunk.draws])
+            end = chunk.start + len(chunk.token_ids)
+            tokens, _ = self._read(chunk.block_table, end)
+            ends = range(end - chunk.drafts, end + 1) if chunk.drafts else [end] * len(chunk.draws)
+            drawn.append(
+                [Drawn(self.next_token(tokens[:end], draw.choice)) for draw, end in zip(chunk.draws, ends, strict=True)]
+            )
         return drawn
+
+    def next_token(self, tokens: Sequence[int], choice: int) -> int:
+        """What it says after these tokens, to one of several choices."""
+        known = tokens if self.memory is None else tokens[max(0, len(tokens) - self.memory) :]
+        return next_token(known, self.vocab_size, choice)
 
     def _read(self, block_table: Sequence[int], count: int) -> tuple[list[int], int]:
         """The first `count` tokens that a block table holds, and the mark of the last."""

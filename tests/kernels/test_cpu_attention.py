@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.native_modules import each_isa, module
+from tests.helpers.native_modules import each_isa, module
 from worker.kernels import KVCache, RaggedBatch, ReferenceKernels
 from worker.kernels.cpu.attention import paged_attention, plan_attention
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.helpers.native_modules import instruction_sets
 from worker.kernels import quantized
 from worker.kernels.cpu import linear, native
 from worker.kernels.cpu.linear import Format, PackedLinear, Packer
@@ -22,7 +23,7 @@ SHAPES = [(1, 1, 1), (1, 64, 32), (2, 130, 33), (5, 7, 31), (14, 256, 64), (17, 
 """Rows, in, out."""
 
 
-@pytest.fixture(params=native.INSTRUCTION_SETS)
+@pytest.fixture(params=instruction_sets())
 def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     _, module = native.load(request.param)
     module.set_threads(2, [])
@@ -90,7 +91,7 @@ def test_instruction_sets_agree(format: Format) -> None:  # noqa: A002
     """Integer sums are exact everywhere, so only the rounding of scales and float sums may differ."""
     x = torch.randn(9, 520)
     results = []
-    for name in native.INSTRUCTION_SETS:
+    for name in instruction_sets():
         _, module = native.load(name)
         packed, _ = made(module, format, 64, 520)
         results.append(linear.linear(module, x, packed))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.native_modules import each_isa, module
+from tests.helpers.native_modules import each_isa, module
 from worker.kernels import KVCache, ReferenceKernels
 from worker.kernels.cpu.rows import rms_norm, rope_and_cache, silu_mul
 

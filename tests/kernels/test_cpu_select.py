@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.native_modules import each_isa, module
+from tests.helpers.native_modules import each_isa, module
 from worker.kernels.cpu.select import NativeSelection, argmax, top_values, total_mass
 from worker.kernels.interface import SamplingBatch
 from worker.kernels.reference.logits import logprobs

@@ -77,6 +77,7 @@ CHUNKS = st.builds(
     draws=st.lists(
         st.builds(Draw, st.just(SamplingParams()), st.integers(0, 20), st.integers(0, 2**30)), max_size=3
     ).map(tuple),
+    drafts=st.integers(0, 12),
 )
 
 
@@ -89,7 +90,7 @@ def test_a_plan_survives_the_wire(chunks: list[Chunk], copies: list[tuple[int, i
     assert len(plan.chunks) == len(chunks)
     for got, sent in zip(plan.chunks, chunks, strict=True):
         assert (got.token_ids, got.start, got.block_table) == (sent.token_ids, sent.start, sent.block_table)
-        assert len(got.draws) == len(sent.draws)
+        assert (len(got.draws), got.drafts) == (len(sent.draws), sent.drafts)
     assert list(plan.copies) == copies
     assert encode_step(plan) == data
 

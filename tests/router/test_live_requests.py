@@ -15,7 +15,7 @@ TASKS: set[asyncio.Task[None]] = set()
 
 
 async def hold(
-    requests: LiveRequests, request_id: str | None, *, again: bool = False
+    requests: LiveRequests, request_id: str | None, *, again: bool = False, tenant: str = ""
 ) -> tuple[LiveRequest, asyncio.Event]:
     """A stream that lives until the event is set."""
     admitted: asyncio.Future[LiveRequest] = asyncio.get_running_loop().create_future()
@@ -23,7 +23,7 @@ async def hold(
 
     async def live() -> None:
         try:
-            async with requests.admit(request_id, again=again) as request:
+            async with requests.admit(tenant, request_id, again=again) as request:
                 admitted.set_result(request)
                 await leave.wait()
         except QwireError as error:
@@ -53,6 +53,7 @@ async def test_an_id_is_free_again_when_its_stream_has_ended() -> None:
     with pytest.raises(QwireError) as caught:
         await hold(requests, "a")
     assert caught.value.reason == Reason.DUPLICATE_REQUEST_ID
+    await hold(requests, "a", tenant="other")
     leave.set()
     await asyncio.sleep(0)
     await hold(requests, "a")

@@ -136,7 +136,6 @@ def test_every_violation_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"priority": 0}, "priority"),
         ({"adapter": "a"}, "adapter"),
         ({"output": pb.OutputOptions(prompt_logprobs=0)}, "output.prompt_logprobs"),
     ],

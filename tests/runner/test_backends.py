@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
+from tests.helpers.native_modules import each_isa
 from tests.helpers.steps import chunk, greedy, logits_of, plan, table
 from worker.engine.plan import Draw, SamplingParams
-from worker.kernels import INSTRUCTION_SETS, NativeError, ReferenceKernels, choose_kernels
+from worker.kernels import NativeError, ReferenceKernels, choose_kernels
 from worker.runner import TorchRunner
 
 NEAR = 1e-2
@@ -64,7 +65,7 @@ def test_bfloat16_against_the_reference(tmp_path: Path, demo_folder: Path) -> No
     assert int(clear.sum()) > len(clear) * 0.9
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@each_isa
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_every_instruction_set_gives_the_references_logits(tmp_path: Path, isa: str, quantize: str) -> None:
     folder = write_random_qwen3(tmp_path, dtype="bfloat16", hidden=160, heads=4, kv_heads=2, head_dim=80)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from tests.helpers.steps import chunk, logits_of, plan, table
-from worker.engine.plan import Chunk, Draw, SamplingParams, StepPlan
+from worker.engine.plan import Chunk, Draw, Drawn, SamplingParams, StepPlan
 from worker.kernels import QUANTIZED_FORMATS, choose_kernels
 from worker.runner import TorchRunner
 
@@ -195,6 +196,33 @@ def test_draws_do_not_depend_on_the_batch(case: Case) -> None:
     assert runner.execute(plan(*reversed(chunks))) == alone[::-1]
 
 
+def test_drafts_draw_what_decodes_draw(case: Case) -> None:
+    """A decode with guesses behind it draws at each position what a step of its own would; what was wrong of them is
+    written over."""
+    runner = make(case)
+    params = SamplingParams(temperature=1.0, seed=4, frequency_penalty=0.3, logprobs=2)
+    prompt, blocks = IDS[:40], table(0, 80, 16)
+    alone: list[Drawn] = []
+    tokens, start = list(prompt), 0
+    for position in range(20):
+        ((drawn,),) = runner.execute(plan(chunk(tokens[start:], start, blocks, _draw(params, tokens, position))))
+        start = len(tokens)
+        tokens.append(drawn.token_id)
+        alone.append(drawn)
+    other, mate = table(20, 80, 16), chunk(IDS[100:133], 0, table(40, 33, 16), Draw(SamplingParams(), 0, 0))
+    runner.execute(plan(chunk(tokens[:40], 0, other)))
+    for first, right in ((0, 5), (6, 0), (7, 12)):
+        drafts = [*tokens[40 + first : 40 + first + right], (tokens[40 + first + right] + 1) % 512, 3]
+        ids = [tokens[39 + first], *drafts]
+        draws = [_draw(params, [*tokens[: 40 + first], *drafts[:count]], first + count) for count in range(len(ids))]
+        step = plan(mate, Chunk(ids, 39 + first, other, draws, len(drafts)))
+        assert runner.execute(step)[1][: right + 1] == alone[first : first + right + 1]
+
+
+def _draw(params: SamplingParams, tokens: Sequence[int], position: int) -> Draw:
+    return Draw(params, 0, position, prompt_ids=tokens[:40], generated_ids=tokens[40:])
+
+
 def test_plans_that_leave_their_blocks_are_refused(folders: dict[str, Path]) -> None:
     runner = TorchRunner(folders["qwen3"], num_blocks=4)
     for bad in (
@@ -204,6 +232,7 @@ def test_plans_that_leave_their_blocks_are_refused(folders: dict[str, Path]) -> 
         chunk([512], 0, [0]),
         chunk([-1], 0, [0]),
         chunk([], 0, [0]),
+        Chunk([1, 2], 0, [0], (Draw(SamplingParams(), 0, 0),), 1),
     ):
         with pytest.raises(ValueError, match=r"."):
             runner.execute(plan(bad))

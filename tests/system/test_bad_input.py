@@ -93,8 +93,12 @@ def test_what_this_release_lacks_says_so(tiny: RunningStack) -> None:
             error = QwireError.from_rpc(caught.value)
             assert (error.code, error.reason) == (grpc.StatusCode.UNIMPLEMENTED, Reason.NOT_IN_THIS_RELEASE)
     with tiny.client() as client:
-        error = refused(client, priority=2)
+        error = refused(client, priority=11)
         assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "priority")
+    for names in (["no spaces"], ["a", "b"], ["x" * 65]):
+        with Client(tiny.address, metadata=[("qwire-tenant", name) for name in names]) as client:
+            error = refused(client)
+            assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "qwire-tenant")
 
 
 def test_large_messages(tiny: RunningStack) -> None:

@@ -147,6 +147,22 @@ def test_cached_prefixes_stay_within_their_scope(client: Client) -> None:
     assert [cached(scope="a"), cached(scope="a"), cached(scope="b"), cached(), cached(bypass=True)] == [0, 96, 0, 0, 0]
 
 
+def test_cached_prefixes_and_request_ids_are_each_tenants_own(tiny: RunningStack) -> None:
+    prompt = [(13 * i) % 250 for i in range(100)]
+    tenants = [Client(tiny.address, metadata=[("qwire-tenant", name)] if name else ()) for name in ("a", "b", "")]
+    with tenants[0], tenants[1], tenants[2]:
+        for expected in (0, 96):
+            running = [
+                client.generate(token_ids=prompt, max_tokens=4, seed=1, request_id="same", priority=priority)
+                for client, priority in zip(tenants, (-10, 0, 10), strict=True)
+            ]
+            for generation in running:
+                generation.read()
+            assert len({tuple(generation.token_ids) for generation in running}) == 1
+            cached = [generation.finished.usage.cached_tokens for generation in running if generation.finished]
+            assert cached == [expected] * 3
+
+
 def test_out_of_blocks_nothing_is_lost(tiny_model: Path, client: Client) -> None:
     prompts = [[number, *PROMPT] for number in range(32)]
     with ThreadPoolExecutor(32) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -32,6 +32,13 @@ class PendingMask:
     def __init__(self, future: Future[tuple[bytes, Standing]]) -> None:
         self._future = future
 
+    @classmethod
+    def of(cls, mask: tuple[bytes, Standing]) -> PendingMask:
+        """One that is computed already."""
+        future: Future[tuple[bytes, Standing]] = Future()
+        future.set_result(mask)
+        return cls(future)
+
     def bits(self) -> bytes:
         return self._future.result()[0]
 
@@ -39,6 +46,17 @@ class PendingMask:
     def standing(self) -> Standing:
         """Waits for the mask. Anything but OPEN means that it is empty."""
         return self._future.result()[1]
+
+
+class MaskAhead:
+    """A mask behind ids that are not drawn yet: a `TokenMask`."""
+
+    def __init__(self, ahead: Future[list[GrammarState]], index: int) -> None:
+        self._ahead, self._index = ahead, index
+
+    def bits(self) -> bytes:
+        states = self._ahead.result()
+        return states[self._index].mask().bits() if self._index < len(states) else b""
 
 
 class GrammarState:
@@ -67,14 +85,31 @@ class GrammarState:
         self._pending: PendingMask | None = None
         self._accepting = False
         """Whether the output could end here; known once the mask is."""
+        self._ahead: Future[list[GrammarState]] | None = None
+        """States behind the ids that masks were asked for ahead of time, as far as these may come."""
+        self._ids_ahead: Sequence[int] = ()
 
     def mask(self) -> PendingMask:
         if self._pending is None:
             self._pending = PendingMask(self._masks.submit(self._compute))
         return self._pending
 
+    def masks_behind(self, ids: Sequence[int]) -> list[MaskAhead]:
+        self.mask()
+        self._ids_ahead = ids
+        self._ahead = self._masks.submit(self._look_ahead)
+        return [MaskAhead(self._ahead, index) for index in range(len(ids))]
+
     def advance(self, token: int) -> Standing:
         self._settle()
+        if self._ahead is not None:
+            states, ids, self._ahead, self._ids_ahead = self._ahead.result(), self._ids_ahead, None, ()
+            if states and ids[0] == token:
+                self._become(states[0])
+                if states[1:]:
+                    self._ahead, self._ids_ahead = Future(), ids[1:]
+                    self._ahead.set_result(states[1:])
+                return Standing.OPEN
         self._pending = None
         think = self._vocabulary.think
         if self._free:
@@ -99,6 +134,9 @@ class GrammarState:
 
     def fork(self) -> GrammarState:
         self._settle()
+        return self._twin()
+
+    def _twin(self) -> GrammarState:
         twin = GrammarState(
             self._matcher.deep_copy(),
             self._vocabulary,
@@ -123,6 +161,32 @@ class GrammarState:
         """Waits for the mask that is being computed: the matcher is in use until then."""
         if self._pending is not None:
             self._pending.bits()
+        if self._ahead is not None:
+            self._ahead.result()
+
+    def _become(self, other: GrammarState) -> None:
+        """Takes over a state that nobody else has."""
+        self._matcher, self._free, self._may_think = other._matcher, other._free, other._may_think
+        self._pending, self._accepting = other._pending, other._accepting
+
+    def _look_ahead(self) -> list[GrammarState]:
+        """Copies of this state, each one id and one mask behind the one before it."""
+        states = [self]
+        try:
+            # It was asked for first, so it is computed or nearly.
+            bits = self.mask().bits()
+            for token in self._ids_ahead:
+                if token // 8 >= len(bits) or not bits[token // 8] >> token % 8 & 1:
+                    break
+                state = states[-1]._twin()
+                if state.advance(token) is not Standing.OPEN:
+                    break
+                state._pending = PendingMask.of(state._compute())
+                bits = state._pending.bits()
+                states.append(state)
+        except Exception:
+            log.exception("no masks could be computed ahead")
+        return states[1:]
 
     def _compute(self) -> tuple[bytes, Standing]:
         try:

@@ -5,6 +5,7 @@ Nothing here knows grammars: the engine is tested on fakes of `ConstraintState`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -38,6 +39,11 @@ class ConstraintState(Protocol):
     def mask(self) -> TokenMask:
         """For the id behind those taken in so far; begins to compute it and doesn't wait. The same one until `advance`,
         however often a preempted sequence comes back for it."""
+        ...
+
+    def masks_behind(self, ids: Sequence[int]) -> Sequence[TokenMask]:
+        """For the ids behind each of `ids`, were these taken in one after another; begins to compute them and doesn't
+        wait. Empty behind an id that may not come; no id is one of those that end a choice. Changes nothing."""
         ...
 
     def advance(self, token: int) -> Standing:

@@ -46,7 +46,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class SequenceReport:
-    """What one step brought to one sequence."""
+    """A token that a step brought to a sequence. Of several that a step brought to one, reports come in order."""
 
     key: Hashable
     choice: int
@@ -68,6 +68,9 @@ class LoadReport:
     blocks_free: int
     preemptions: int
     """Since the engine was made."""
+    drafted_tokens: int
+    """Ids that were guessed, and those of them that were drawn, since the engine was made."""
+    accepted_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +245,33 @@ class Engine:
         self._executing_tokens = scheduled.plan.num_tokens
         self._step_started, self._executing = now, scheduled.sequences
         drawn = self._runner.execute(scheduled.plan)
-        self._pace.take(self._executing_tokens, self._clock() - now)
+        seconds = self._clock() - now
+        self._pace.take(self._executing_tokens, seconds)
+        if all(len(chunk.token_ids) == 1 + chunk.drafts for chunk in scheduled.plan.chunks):
+            self.scheduler.speculation.timed(self._executing_tokens, seconds)
         self._step_started, self._executing, self._executing_tokens = None, [], 0
         self.steps += 1
         reports = []
         for sequence, chunk, tokens in zip(scheduled.sequences, scheduled.plan.chunks, drawn, strict=True):
+            if chunk.drafts:
+                reports += self._verify(sequence, chunk.token_ids[-chunk.drafts :], tokens)
+                continue
             self.scheduler.computed(sequence, len(chunk.token_ids))
             if tokens:
                 reports += self._apply(sequence, tokens)
+        return reports
+
+    def _verify(self, sequence: SequenceState, drafts: Sequence[int], drawn: Sequence[Drawn]) -> list[SequenceReport]:
+        """Adds drawn tokens to a sequence one by one, each as a step of its own would have, as long as the drafts in
+        front of them are what was drawn there."""
+        reports: list[SequenceReport] = []
+        for token, draft in zip(drawn, (*drafts, NO_TOKEN), strict=True):
+            self.scheduler.computed(sequence, 1)
+            reports += self._apply(sequence, [token])
+            over = reports[-1].end is not None or sequence.standing is Standing.FAILED
+            if over or token.token_id != draft:
+                break
+        self.scheduler.verified(sequence, len(drafts), len(reports) - 1)
         return reports
 
     def _apply(self, sequence: SequenceState, drawn: Sequence[Drawn]) -> list[SequenceReport]:
@@ -320,6 +342,8 @@ class Engine:
             blocks_cached=self.pool.num_cached,
             blocks_free=self.pool.num_free,
             preemptions=self.scheduler.preemptions,
+            drafted_tokens=self.scheduler.speculation.drafted,
+            accepted_tokens=self.scheduler.speculation.accepted,
         )
 
     def _run(self) -> None:

@@ -65,7 +65,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A token to draw from the logits of a chunk's last position."""
+    """A token to draw from the logits of a position."""
 
     params: SamplingParams
     choice: int
@@ -91,14 +91,17 @@ class Chunk:
     """The tokens of one sequence that a step computes: positions `start` to `start + len(token_ids) - 1`."""
 
     token_ids: Sequence[int]
-    """At least one id; one id is a decode, more are (a piece of) a prefill."""
+    """At least one id; one id is a decode, more are (a piece of) a prefill, or a decode with drafts behind it."""
     start: int
     """Position of the first id in the sequence; the KV of all earlier positions is in the block table's blocks."""
     block_table: Sequence[int]
     """Block ids in order; block i holds positions i * block_size to (i + 1) * block_size - 1. Covers this chunk."""
     draws: Sequence[Draw] = ()
     """What to draw from the logits of the last position: empty while more of the prompt is to come (then no logits are
-    computed), several where choices of one request begin."""
+    computed), several where choices of one request begin. With `drafts`, one for each of the last 1 + drafts positions:
+    what is drawn at one tells whether the id behind it was right."""
+    drafts: int = 0
+    """How many of the last `token_ids` are guesses at what is drawn before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,8 @@ class ModelRunner(Protocol):
 
     def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         """Copies blocks, computes every chunk, writes its keys and values to the cache, and returns one list a chunk:
-        what was drawn, in the order of its draws. Any exception is fatal to the process that runs it."""
+        what was drawn, in the order of its draws. Positions of drafts that were not drawn are computed anew by later
+        steps. Any exception is fatal to the process that runs it."""
         ...
 
 

@@ -23,6 +23,7 @@ from worker.engine.block_contents import common
 from worker.engine.block_pool import BlockPool
 from worker.engine.plan import Chunk, StepPlan
 from worker.engine.sequence import SequenceState
+from worker.engine.speculation import Speculation
 
 WORTH_SHARING = 1 / 4
 """A smaller part of a block is neither copied nor waited for but computed again: a copy is of the whole block, a wait
@@ -35,6 +36,8 @@ class SchedulerLimits:
     """Tokens that one step computes at most."""
     max_running: int = 64
     """Sequences that run at once at most."""
+    max_draft_tokens: int = 0
+    """Ids that are guessed for a sequence in a step at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.preemptions = 0
+        self.speculation = Speculation(limits.max_draft_tokens)
         self._worth_sharing = max(1, int(WORTH_SHARING * pool.block_size))
         self._copies: list[tuple[int, int]] = []
         """Blocks to copy at the beginning of the next step, one after another. What the pool says that a block holds is
@@ -131,8 +135,28 @@ class Scheduler:
             budget -= count
             chunks.append(_chunk(admitted, count))
             scheduled.append(admitted)
+        if self.limits.max_draft_tokens and not preempted:
+            self._draft(chunks, scheduled, budget)
         copies, self._copies = (self._copies, []) if chunks else ([], self._copies)
         return Scheduled(StepPlan(chunks, copies), scheduled)
+
+    def _draft(self, chunks: list[Chunk], scheduled: list[SequenceState], budget: int) -> None:
+        """Adds drafts to a step that computes nothing but the newest token of each sequence: beside those, more rows
+        cost little, beside a prompt's as much as its own."""
+        if not chunks or any(
+            len(chunk.token_ids) > 1 or sequence.unborn for chunk, sequence in zip(chunks, scheduled, strict=True)
+        ):
+            return
+        worth = self.speculation.worth(len(chunks))
+        for index, sequence in enumerate(scheduled):
+            drafts = sequence.guess(min(budget, self.limits.max_draft_tokens), worth)
+            # A block that another sequence may need for its next token is not taken for a guess.
+            spare = self.pool.num_available - len(self.running)
+            drafts = drafts[: max(0, (len(sequence.blocks) + max(spare, 0)) * self.pool.block_size - sequence.total)]
+            if drafts and self._reserve(sequence, 1 + len(drafts)):
+                budget -= len(drafts)
+                ids = [*chunks[index].token_ids, *drafts]
+                chunks[index] = Chunk(ids, chunks[index].start, sequence.blocks, sequence.draws(drafts), len(drafts))
 
     def fork(self, parent: SequenceState, child: SequenceState) -> None:
         """Starts a choice that shares its parent's prompt, of which the parent has just computed the last token.
@@ -173,6 +197,14 @@ class Scheduler:
             for block in sequence.blocks[sequence.published : full]:
                 self.pool.seal(block)
         sequence.published = max(sequence.published, full)
+
+    def verified(self, sequence: SequenceState, guessed: int, kept: int) -> None:
+        """Notes how a sequence's drafts fared, and takes back what was reserved for those that were wrong."""
+        self.speculation.verified(sequence.guesses, guessed, kept)
+        needed = self._blocks_for(sequence.total)
+        if sequence.blocks[needed:]:
+            self.pool.release(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
 
     def waiting_tokens(self) -> int:
         """Tokens of waiting and running sequences that are still to be computed before each draws its next."""

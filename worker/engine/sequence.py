@@ -11,8 +11,9 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
-from worker.engine.constraint import ConstraintState, Standing
+from worker.engine.constraint import ConstraintState, Standing, TokenMask
 from worker.engine.plan import NO_TOKEN, Draw, SamplingParams
+from worker.engine.speculation import Guesses
 
 
 class EndReason(Enum):
@@ -61,6 +62,9 @@ class Request:
     """An engine had it before: it is taken where others find the queue full."""
     suspect: bool = False
     """An engine may have failed because of it."""
+    tenant: bytes = b""
+    priority: int = 0
+    """See qwire.ordering."""
 
     @property
     def first_choice(self) -> int:
@@ -93,6 +97,8 @@ class SequenceState:
     constraint: ConstraintState | None = None
     standing: Standing = Standing.OPEN
     """How it stands to its constraint."""
+    guesses: Guesses = field(default_factory=Guesses)
+    """Of what is drawn for it."""
 
     @classmethod
     def of(cls, request: Request, arrival: float) -> list[SequenceState]:
@@ -134,28 +140,59 @@ class SequenceState:
 
     def draw(self, choice: int) -> Draw:
         """How the next token of this sequence is drawn, or the first of a choice that begins with it."""
+        return self._draw(choice, (), self.constraint.mask() if self.constraint is not None else None)
+
+    def draws(self, drafts: Ids[int]) -> list[Draw]:
+        """How its next token is drawn, and those behind each of `drafts`, were they what is drawn before."""
+        masks: Ids[TokenMask | None] = [None] * len(drafts)
+        own = self.draw(self.choice)
+        if self.constraint is not None:
+            masks = self.constraint.masks_behind(drafts)
+        behind = [self._draw(self.choice, drafts[: count + 1], mask) for count, mask in enumerate(masks)]
+        return [own, *behind]
+
+    def _draw(self, choice: int, drafts: Ids[int], mask: TokenMask | None) -> Draw:
         request = self.request
         penalized = request.sampling.penalized
         return Draw(
             request.sampling,
             choice,
-            self.num_generated,
+            self.num_generated + len(drafts),
             prompt_ids=request.prompt_ids if penalized else (),
-            generated_ids=self.tokens[len(request.prompt_ids) :] if penalized else (),
-            banned_ids=self._banned() if request.min_tokens or request.bad_words else (),
-            mask=self.constraint.mask() if self.constraint is not None else None,
+            generated_ids=[*self.tokens[len(request.prompt_ids) :], *drafts] if penalized else (),
+            banned_ids=self._banned(drafts) if request.min_tokens or request.bad_words else (),
+            mask=mask,
         )
 
-    def _banned(self) -> list[int]:
+    def _banned(self, drafts: Ids[int]) -> list[int]:
         request = self.request
         banned: list[int] = []
-        if self.num_generated < request.min_tokens:
+        if self.num_generated + len(drafts) < request.min_tokens:
             banned += sorted(request.eos_ids | request.stop_ids)
-        first = len(request.prompt_ids)
-        for *before, last in request.bad_words:
-            if len(before) <= self.num_generated and self.tokens[max(first, self.total - len(before)) :] == before:
-                banned.append(last)
+        if request.bad_words:
+            newest = [*self.tokens[max(len(request.prompt_ids), self.total - self._longest_bad_word) :], *drafts]
+            for *before, last in request.bad_words:
+                if len(before) <= len(newest) and newest[len(newest) - len(before) :] == before:
+                    banned.append(last)
         return banned
+
+    @property
+    def _longest_bad_word(self) -> int:
+        return max(map(len, self.request.bad_words))
+
+    def guess(self, most: int, worth: float) -> list[int]:
+        """Ids that may be drawn for it next, at most `most`, where that pays; see `Guesses.make`. None of them ends it:
+        nothing is drawn behind such an id."""
+        request = self.request
+        # As many are drawn as are guessed, and one more.
+        most = min(most, request.max_tokens - self.num_generated - 1)
+        if most < 1:
+            return []
+        guess = self.guesses.make(self.tokens, most, worth)
+        for index, token in enumerate(guess):
+            if token in request.stop_ids or token in request.eos_ids:
+                return guess[:index]
+        return guess
 
     @property
     def total(self) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from worker.engine.plan import StepPlan
+from worker.engine.plan import Chunk, StepPlan
 from worker.kernels import RaggedBatch
 
 
@@ -21,8 +22,8 @@ class StepArrays:
     """[rows]; dummies are at position 0."""
     slots: npt.NDArray[np.int64]
     """[tokens]: block * block_size + offset of each token's key and value."""
-    last_rows: npt.NDArray[np.int64]
-    """[chunks]: the row of each chunk's last token."""
+    draw_rows: npt.NDArray[np.int64]
+    """[draws]: the row whose logits each draw is from."""
     ragged: RaggedBatch
 
 
@@ -41,6 +42,8 @@ def build_step(
     tables = [np.asarray(chunk.block_table, np.int64) for chunk in chunks]
     sizes = np.fromiter((len(table) for table in tables), np.int64, len(chunks))
     ends = starts + lengths
+    if any(chunk.drafts and len(chunk.draws) != 1 + chunk.drafts for chunk in chunks):
+        raise ValueError("a chunk with drafts needs a draw in front of and behind each of them")
     if not len(chunks) or lengths.min() < 1 or starts.min() < 0:
         raise ValueError("a step needs chunks of at least one token, at positions from 0")
     if (ends > np.minimum(sizes * block_size, max_positions)).any():
@@ -59,4 +62,22 @@ def build_step(
         raise ValueError(f"a block table names a block outside the cache's {num_blocks}")
     block_of = blocks[np.repeat(first_block, lengths) + positions[:total] // block_size]
     slots = block_of * block_size + positions[:total] % block_size
-    return StepArrays(ids, positions, slots, last_rows, RaggedBatch(starts, lengths, tables, num_blocks, block_size))
+    return StepArrays(
+        ids,
+        positions,
+        slots,
+        _draw_rows(chunks, last_rows),
+        RaggedBatch(starts, lengths, tables, num_blocks, block_size),
+    )
+
+
+def _draw_rows(chunks: Sequence[Chunk], last_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    rows = np.repeat(last_rows, [len(chunk.draws) for chunk in chunks])
+    if any(chunk.drafts for chunk in chunks):
+        back = [
+            draft
+            for chunk in chunks
+            for draft in (range(chunk.drafts, -1, -1) if chunk.drafts else [0] * len(chunk.draws))
+        ]
+        rows -= np.array(back, np.int64)
+    return rows

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,8 +139,7 @@ class TorchRunner:
             hidden = self._hidden(step)
             if not draws:
                 return [[] for _ in plan.chunks]
-            rows = np.repeat(step.last_rows, [len(chunk.draws) for chunk in plan.chunks])
-            logits = self._logits(hidden[torch.from_numpy(rows)])
+            logits = self._logits(hidden[torch.from_numpy(step.draw_rows)])
             if logits is None:
                 return [[] for _ in plan.chunks]
             drawn = iter(draw_all(self.kernels, logits, draws))

@@ -21,6 +21,7 @@ def encode_step(plan: StepPlan) -> bytes:
                     start=chunk.start,
                     block_table=chunk.block_table,
                     draws=len(chunk.draws),
+                    drafts=chunk.drafts,
                 )
                 for chunk in plan.chunks
             ],
@@ -38,6 +39,7 @@ def decode_step(step: pb.PlannedStep) -> StepPlan:
                 start=chunk.start,
                 block_table=tuple(chunk.block_table),
                 draws=(_DRAWN_ELSEWHERE,) * chunk.draws,
+                drafts=chunk.drafts,
             )
             for chunk in step.chunks
         ),
