@@ -53,7 +53,8 @@ def rounded(x: torch.Tensor, format: Format) -> torch.Tensor:  # noqa: A002
     """What a product reads of its rows: with few-bit weights, 8 bits."""
     if format in FLOATS:
         return x
-    scale = x.abs().amax(1, keepdim=True) / 127
+    groups = [part / 127 for part in (part.abs().amax(1, keepdim=True).expand_as(part) for part in x.split(128, 1))]
+    scale = torch.cat(groups, 1)
     return (x / scale).round() * scale
 
 

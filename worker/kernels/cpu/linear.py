@@ -124,7 +124,7 @@ def linear(module: ModuleType, x: Tensor, packed: PackedLinear, out: Tensor | No
     """float32 [T, K] to float32 [T, N]: x @ weight.T + bias. A row's bits depend on that row alone.
 
     The last dimension of `x` and `out` must be dense; rows may be apart. With int8 and int4 weights, each row of `x` is
-    quantized to 8 bits with a scale of its own.
+    quantized to 8 bits, with a scale for every 128 values.
     """
     rows, width = x.shape
     if width != packed.in_features or x.dtype != torch.float32 or x.stride(1) != 1:
@@ -168,7 +168,7 @@ def embed(module: ModuleType, ids: Tensor, packed: PackedLinear) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Activations [T, K] as signed bytes with a scale a row, in the layout that integer products read.
+    """Activations [T, K] as signed bytes with a scale for every 128, in the layout that integer products read.
 
     Several products may read the same rows; other kernels may fill it. Its layout belongs to the module that made it.
     """

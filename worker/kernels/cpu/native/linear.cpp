@@ -82,7 +82,7 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
         });
     }
     multiply(format, packed, out, in, bias,
-             {tiles, reinterpret_cast<const char*>(tiled), row_size * int64_t(sizeof(float)), nullptr, 0, nullptr}, y,
+             {tiles, reinterpret_cast<const char*>(tiled), row_size * int64_t(sizeof(float)), nullptr, 0, nullptr, 0}, y,
              y_stride);
 }
 
@@ -127,7 +127,7 @@ void linear(Format format, const void* packed, int64_t out, const float* bias, c
             int64_t y_stride) {
     const bool wide = format == Format::kInt8;
     TiledRows rows{x.tiles, reinterpret_cast<const char*>(x.values(0)), x.chunks * kChunkWords * 4,
-                   wide ? x.int8_starts(0) : x.sums(0), wide ? x.int8_groups : x.chunks, x.scales(0)};
+                   wide ? x.int8_starts(0) : x.sums(0), wide ? x.groups : x.chunks, x.scales(0), x.groups};
 #if defined(__AVX2__) && !defined(__AVX512F__)
     if (!wide) {
         rows.row_bytes = x.chunks * kChunk;

@@ -21,7 +21,7 @@ constexpr int kBlock = 128;                    // values of K
 constexpr int kBlockChunks = kBlock / kChunk;
 constexpr int64_t kMostRows = 512;  // at a time, so that their sums stay in the level-2 cache
 constexpr int64_t kStreamed = 3;    // tiles up to which weights are prefetched at the pace at which they are read
-static_assert(kBlock == kInt8Group && kChunk == kInt4Group && kIntTile == kTile);
+static_assert(kBlock == kInt8Group && kBlock == kRowGroup && kChunk == kInt4Group && kIntTile == kTile);
 
 // One block of a panel times one tile of rows.
 struct Block {
@@ -30,6 +30,7 @@ struct Block {
     int64_t chunks;         // of K
     const void* rows;       // [chunk][tile rows][kChunk], as floats, pairs or bytes
     const int32_t* starts;  // integer only: [tile rows] of int8, [chunk][tile rows] sums of int4
+    const float* row_scales;  // integer only: [tile rows]
     float* sums;            // [tile rows][32]
     // With many tiles: each chunk prefetches `advance` bytes of weights from `ahead` on and its part of `next_rows`.
     const char* ahead;
@@ -123,10 +124,11 @@ void float_block(const Block& b) {
     });
 }
 
-// Adds integer sums, times their scales, to those in memory.
-QWIRE_INLINE void add_scaled(float* to, Ints low, Ints high, const Pair& scales) {
-    store(to, multiply_add(__builtin_convertvector(low, Floats), scales.low, load<Floats>(to)));
-    store(to + 16, multiply_add(__builtin_convertvector(high, Floats), scales.high, load<Floats>(to + 16)));
+// Adds integer sums, times their row's and their columns' scales, to those in memory.
+QWIRE_INLINE void add_scaled(float* to, Ints low, Ints high, float row_scale, const Pair& scales) {
+    const Floats scale = broadcast(row_scale);
+    store(to, multiply_add(__builtin_convertvector(low, Floats) * scale, scales.low, load<Floats>(to)));
+    store(to + 16, multiply_add(__builtin_convertvector(high, Floats) * scale, scales.high, load<Floats>(to + 16)));
 }
 
 // Half 0 of four values are those that `dot` calls even, half 1 the odd ones.
@@ -165,7 +167,8 @@ void int8_block(const Block& b) {
         unroll<P>(QWIRE_EACH(i) {
             const Pair scales = widen_words(b.scales, pass + i);
             unroll<R>(QWIRE_EACH(r) {
-                add_scaled(b.sums + r * kPanel + (pass + i) * kWidth, sums[r * P + i][0], sums[r * P + i][1], scales);
+                add_scaled(b.sums + r * kPanel + (pass + i) * kWidth, sums[r * P + i][0], sums[r * P + i][1],
+                           b.row_scales[r], scales);
             });
         });
     });
@@ -213,7 +216,7 @@ void int4_block(const Block& b) {
                 const Ints low = (Ints)((both & 15u) * 6u + 72u), high = (Ints)((both >> 16 & 15u) * 6u + 72u);
                 unroll<R>(QWIRE_EACH(r) {
                     add_scaled(b.sums + r * kPanel + (pass + i) * kWidth, group_sum(sums[r * P + i][0], low, starts[r]),
-                               group_sum(sums[r * P + i][1], high, starts[r]), scales);
+                               group_sum(sums[r * P + i][1], high, starts[r]), b.row_scales[r], scales);
                 });
             });
             at += PackedInt4::kGroup, group += PackedInt4::kGroup;
@@ -282,22 +285,23 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
             b.next_rows = tile + 1 < last ? values + height * rows.row_bytes
                                           : rows.values + first_row * rows.row_bytes +
                                                 next_chunk * tiles.size(first) * chunk_bytes;
-            if (integer)
-                b.starts = rows.starts + row * rows.row_starts +
-                           height * (format == Format::kInt8 ? chunk / kBlockChunks : chunk);
+            if (integer) {
+                const int64_t block = chunk / kBlockChunks;
+                b.starts = rows.starts + row * rows.row_starts + height * (format == Format::kInt8 ? block : chunk);
+                b.row_scales = rows.scales + row * rows.row_scales + height * block;
+            }
             b.sums = sums + (row - first_row) * kPanel;
             b.ahead = ahead;
             by_rows[size_t(height - 1)](b);
             ahead += b.advance * b.chunks;
         }
     }
+    const float unit = format == Format::kInt4 ? 1.0f / 16 : 1.0f;  // what a sum of 1 stands for, in scales
     for (int64_t r = 0; r < count; ++r) {
         const float* from = sums + r * kPanel;
         float* to = panel.y + (first_row + r) * panel.y_stride;
-        const float unit = format == Format::kInt4 ? 1.0f / 16 : 1.0f;
-        const Floats scale = broadcast(integer ? rows.scales[first_row + r] * unit : 1.0f);
         for (int c = 0; c < panel.columns; c += kWidth) {
-            Floats sum = load<Floats>(from + c) * scale;
+            Floats sum = load<Floats>(from + c) * unit;
             if (panel.columns == kPanel) {
                 if (panel.bias) sum += load<Floats>(panel.bias + c);
                 store(to + c, sum);

@@ -116,7 +116,8 @@ struct TiledRows {
     int64_t row_bytes;      // of `values`
     const int32_t* starts;  // integer only: QuantizedRows::int8_starts or sums, [tile][int8: group, int4: chunk][tile rows]
     int64_t row_starts;     // of `starts`
-    const float* scales;    // integer only: [rows]
+    const float* scales;    // integer only: QuantizedRows::scales, [tile][group][tile rows]
+    int64_t row_scales;     // of `scales`
 };
 
 // One panel of weights, and where its products go.

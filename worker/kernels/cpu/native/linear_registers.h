@@ -21,7 +21,7 @@ struct Product {
     int64_t chunks;         // of K
     const void* rows;       // float: [chunk][tile rows][kChunk]; integer: QuantizedRows::values
     const int32_t* starts;  // integer only: QuantizedRows::int8_starts or sums
-    const float* scales;    // integer only, one a row
+    const float* scales;    // integer only: QuantizedRows::scales
     float* sums;            // integer only: room for [tile rows][32]
     const float* bias;      // [columns], or null
     float* y;
@@ -100,6 +100,7 @@ void integer_product(const Product& p) {
             for (int r = 0; r < 2 * R; ++r) store(p.sums + r * kWidth, Floats{});
         for (int64_t left = p.chunks; left > 0; left -= kChunks, starts += R) {
             const char* group = at;
+            const float* row_scales = p.scales + (p.chunks - left) / (kRowGroup / kChunk) * R;
             at += 64;
             Ints sums[R][2];
             const typename W::Zeros zeros(group, pass);
@@ -129,8 +130,9 @@ void integer_product(const Product& p) {
             const Pair scales = W::scales(group, pass);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                const Floats low = __builtin_convertvector(sums[r][0], Floats);
-                const Floats high = __builtin_convertvector(sums[r][1], Floats);
+                const Floats scale = broadcast(row_scales[r]);
+                const Floats low = __builtin_convertvector(sums[r][0], Floats) * scale;
+                const Floats high = __builtin_convertvector(sums[r][1], Floats) * scale;
                 if (kInRegisters) {
                     own[r][0] = multiply_add(low, scales.low, own[r][0]);
                     own[r][1] = multiply_add(high, scales.high, own[r][1]);
@@ -143,10 +145,9 @@ void integer_product(const Product& p) {
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Floats scale = broadcast(p.scales[r] * W::kUnit);
             const float* from = p.sums + r * 2 * kWidth;
-            put(p, r, pass * kWidth, (kInRegisters ? own[r][0] : load<Floats>(from)) * scale);
-            put(p, r, 16 + pass * kWidth, (kInRegisters ? own[r][1] : load<Floats>(from + kWidth)) * scale);
+            put(p, r, pass * kWidth, (kInRegisters ? own[r][0] : load<Floats>(from)) * W::kUnit);
+            put(p, r, 16 + pass * kWidth, (kInRegisters ? own[r][1] : load<Floats>(from + kWidth)) * W::kUnit);
         }
     }
 }
@@ -200,7 +201,7 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
         p.ahead = count == 1 ? p.panel + kFar : panel.next + bytes * (tile - first) / count;
         p.advance = ceil_div(bytes, count * p.chunks);
         p.rows = rows.values + row * rows.row_bytes;
-        if (rows.starts) p.starts = rows.starts + row * rows.row_starts, p.scales = rows.scales + row;
+        if (rows.starts) p.starts = rows.starts + row * rows.row_starts, p.scales = rows.scales + row * rows.row_scales;
         p.y = panel.y + row * panel.y_stride;
         by_rows[rows.tiles.size(tile) - 1](p);
     }

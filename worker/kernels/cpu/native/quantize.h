@@ -1,7 +1,7 @@
 // Rows of activations as signed bytes, in the layout that products with int8 and int4 weights read.
 //
-// Each row has one scale, absmax / 127, and its values are rounded to the nearest, ties to even: a row's bytes depend on
-// that row alone. Rows lie in tiles of up to kIntTile, which a kernel holds in registers at once; a tile is cut along K
+// Every 128 values of a row share a scale, absmax / 127, so that outliers cost only their neighbours precision; values are
+// rounded to the nearest, ties to even. A row's bytes depend on that row alone. Rows lie in tiles of up to kIntTile, which a kernel holds in registers at once; a tile is cut along K
 // into chunks of 32 values, [chunk][row][32], so that a row's values are written as they come and read side by side.
 #pragma once
 
@@ -14,6 +14,7 @@ namespace qwire {
 constexpr int kChunk = 32;                                       // values of K
 constexpr int kChunkWords = kChunk / 4 * kActivationWords;       // 32-bit words that hold a chunk of one row
 constexpr int64_t kInt8Group = 128, kInt4Group = kChunk;         // values of K that share a weight's scale
+constexpr int64_t kRowGroup = 128;                               // values of a row that share one
 
 // Rows cut into the fewest tiles of at most `limit`, as even as can be.
 struct Tiles {
@@ -47,14 +48,15 @@ class QuantizedRows {
 
     // [chunks][tile rows][kChunkWords]
     const int32_t* values(int64_t tile) const { return values_ + tiles.first(tile) * chunks * kChunkWords; }
-    // What a sum starts from so that weights stored as w + 128 count as w: [groups of 128][tile rows].
-    const int32_t* int8_starts(int64_t tile) const { return int8_starts_ + tiles.first(tile) * int8_groups; }
+    // What a sum starts from so that weights stored as w + 128 count as w: [groups][tile rows].
+    const int32_t* int8_starts(int64_t tile) const { return int8_starts_ + tiles.first(tile) * groups; }
     // The sum of each chunk, [chunks][tile rows].
     const int32_t* sums(int64_t tile) const { return sums_ + tiles.first(tile) * chunks; }
-    const float* scales(int64_t tile) const { return scales_ + tiles.first(tile); }
+    // [groups][tile rows]
+    const float* scales(int64_t tile) const { return scales_ + tiles.first(tile) * groups; }
 
     const Tiles tiles;
-    const int64_t size, chunks, int8_groups;
+    const int64_t size, chunks, groups;
 
    private:
     int32_t *values_, *int8_starts_, *sums_;
