@@ -81,7 +81,9 @@ class WorkerConfig:
         "takes. 0 is twice what the sequences that decode take alone, at least 10.",
     )
     max_running: int = setting(default=64, help="Sequences that run at once.")
-    max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
+    max_waiting: int = setting(
+        default=16, help="Requests beyond max_running that wait; one more is refused. The queue is the router's."
+    )
     speculation: int = setting(
         default=12,
         help="Tokens that a step guesses for a sequence at most, by looking up what followed where its last ones came "
