@@ -18,6 +18,9 @@ TOKENS = 180
 """Long enough to be hit in the middle, under the brake for seconds."""
 
 
+NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 100_000}, "minItems": 20, "maxItems": 40}
+
+
 @pytest.fixture(scope="package")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("faults") / "tiny")
@@ -54,7 +57,8 @@ def references(pair: RunningStack) -> Iterator[References]:
 
 @pytest.fixture(scope="module")
 def mixed(references: References) -> list[Options]:
-    """Requests of every kind that has state to rebuild: greedy, seeded, choices, penalties, stop strings, a text."""
+    """Requests of every kind that has state to rebuild: greedy, seeded, choices, penalties, stop strings, a text,
+    constraints."""
     long: Options = {"max_tokens": TOKENS, "ignore_eos": True}
     free = {"token_ids": [9, 8, 7], "seed": 3, "temperature": 1.0, **long}
     text = references.of(free).text[0]
@@ -75,6 +79,15 @@ def mixed(references: References) -> list[Options]:
         # A stop string that is found late, and lies across tokens: it is a few characters of random bytes.
         {**free, "stop": [text[-24:-18]]},
         {"prompt": "the rain in Spain", "seed": 8, "temperature": 1.0, **long},
+        {"token_ids": [3, 5], "seed": 9, "temperature": 1.0, "max_tokens": TOKENS, "regex": "[a-z]{120,}[0-9]"},
+        {"token_ids": [5, 3], "seed": 10, "temperature": 1.0, "max_tokens": TOKENS, "json_schema": NUMBERS},
+        {
+            "token_ids": [3, 3],
+            "seed": 11,
+            "temperature": 1.0,
+            "max_tokens": TOKENS,
+            "grammar": 'start: item{60,90} "."\nitem: "ab" | "c"',
+        },
     ]
     with ThreadPoolExecutor(len(requests)) as pool:
         list(pool.map(references.of, requests))
