@@ -26,6 +26,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import tokenizers
+import torch
 
 from qwire import hub, prefix
 from qwire.v1 import generation_pb2 as pb
@@ -36,6 +37,7 @@ from worker.engine.constraint import Standing
 from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import EndReason, Request
+from worker.kernels import choose_kernels, pin_threads, usable_cpus
 from worker.runner import TorchRunner
 
 PACKAGE, VERSION = "schemastore", "0.2.3"
@@ -101,7 +103,11 @@ class Outcome:
 
 async def generate(folder: Path, schemas: list[Any]) -> list[Outcome]:
     """What the demo model writes for each."""
-    runner = TorchRunner(folder, num_blocks=2048, dtype="float32")
+    cpus = usable_cpus()
+    chosen = choose_kernels(threads=len(cpus))
+    torch.set_num_threads(1 if chosen.kernels.name == "cpu" else len(cpus))
+    runner = TorchRunner(folder, num_blocks=4096, dtype="float32", kernels=chosen.kernels)
+    pin_threads(chosen.kernels, cpus)
     grammars = Grammars.of(folder, runner.config.vocab_size, runner.config.eos_token_ids)
     if grammars is None:
         raise RuntimeError("the demo model has no tokenizer")
@@ -111,7 +117,7 @@ async def generate(folder: Path, schemas: list[Any]) -> list[Outcome]:
     ids: dict[int, list[int]] = {}
     engine = Engine(
         runner,
-        SchedulerLimits(512, 16),
+        SchedulerLimits(512, 64),
         max_waiting=len(schemas),
         clock=time.monotonic,
         deliver=lambda report: None,

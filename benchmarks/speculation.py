@@ -12,7 +12,7 @@ Cases, each greedy unless said otherwise:
 - misleading: held to ids of which the last two have always come before, and behind them never the one that comes now:
   every guess is wrong. The worst that there is.
 
-Both sides must give the same ids; in a turn that isn't timed, the same log-probabilities too.
+Both sides must give the same ids and log-probabilities.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qwire import hub, prefix
 from worker.config import WorkerConfig
 from worker.engine.constraint import ConstraintState, Standing, TokenMask
 from worker.engine.engine import Engine, StepReport
-from worker.engine.plan import SamplingParams
+from worker.engine.plan import Clock, SamplingParams
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import Request
 from worker.kernels import QUANTIZED_FORMATS, choose_kernels, pin_threads, usable_cpus
@@ -171,12 +171,12 @@ def cases(folder: Path, batch: int, vocab: int) -> list[Case]:
     return found
 
 
-def turn(runner: TorchRunner, case: Case, drafts: int, *, logprobs: bool = False) -> Turn:
+def turn(runner: TorchRunner, case: Case, new: int, drafts: int, clock: Clock) -> Turn:
     engine = Engine(
         runner,
         SchedulerLimits(2048, len(case.prompts), max_draft_tokens=drafts),
         max_waiting=len(case.prompts),
-        clock=time.perf_counter,
+        clock=clock,
         deliver=_ignore,
         fault=lambda keys: None,
     )
@@ -187,8 +187,8 @@ def turn(runner: TorchRunner, case: Case, drafts: int, *, logprobs: bool = False
             Request(
                 number,
                 prompt,
-                sampling=SamplingParams(given.temperature, seed=given.seed + number, logprobs=0 if logprobs else None),
-                max_tokens=NEW,
+                sampling=SamplingParams(given.temperature, seed=given.seed + number, logprobs=0),
+                max_tokens=new,
                 constraints=[Script(case.scripts[number])] if case.scripts else (),
                 prefix_root=root,
                 use_prefix_cache=False,
@@ -199,10 +199,10 @@ def turn(runner: TorchRunner, case: Case, drafts: int, *, logprobs: bool = False
     seconds, drawn = 0.0, 0
     while True:
         decoding = all(ids.values())
-        start = time.perf_counter()
+        start = clock()
         report = engine.step()
         if decoding:
-            seconds += time.perf_counter() - start
+            seconds += clock() - start
         if report is None:
             break
         drawn += len(report.sequences) if decoding else 0
@@ -213,18 +213,19 @@ def turn(runner: TorchRunner, case: Case, drafts: int, *, logprobs: bool = False
     return Turn(drawn / seconds, ids, values, engine.load.drafted_tokens, engine.load.accepted_tokens)
 
 
-def compare(runner: TorchRunner, case: Case, drafts: int, rounds: int) -> dict[str, object]:
-    """Rounds of one turn each; raises RuntimeError where the sides differ."""
-    without, with_ = (turn(runner, case, count, logprobs=True) for count in (0, drafts))
-    if (without.ids, without.logprobs) != (with_.ids, with_.logprobs):
-        raise RuntimeError(f"{case.name}: the output is not the same")
+def compare(
+    runner: TorchRunner, case: Case, new: int, drafts: int, rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, object]:
+    """Rounds of one turn each, behind one to warm up; raises RuntimeError where the sides differ."""
+    turn(runner, case, 4, drafts, clock)
     plain, ratios = [], []
     for number in range(rounds):
-        sides = {count: turn(runner, case, count) for count in ((0, drafts) if number % 2 else (drafts, 0))}
-        if sides[0].ids != sides[drafts].ids:
+        sides = {count: turn(runner, case, new, count, clock) for count in ((0, drafts) if number % 2 else (drafts, 0))}
+        with_ = sides[drafts]
+        if (sides[0].ids, sides[0].logprobs) != (with_.ids, with_.logprobs):
             raise RuntimeError(f"{case.name}: the output is not the same")
         plain.append(sides[0].tok_per_s)
-        ratios.append(sides[drafts].tok_per_s / sides[0].tok_per_s)
+        ratios.append(with_.tok_per_s / sides[0].tok_per_s)
     return {
         "case": case.name,
         "batch": len(case.prompts),
@@ -248,6 +249,12 @@ def _ignore(report: StepReport) -> None:
 @click.option("--batch", "batches", multiple=True, default=(1, 8), help="Sequences at once; repeatable.")
 @click.option("--case", "names", multiple=True, help="Only these; repeatable.")
 @click.option("--speculation", "drafts", default=WorkerConfig.speculation, help="As of serve.")
+@click.option("--new", type=click.IntRange(8, NEW), default=NEW, help="Tokens of each sequence.")
+@click.option(
+    "--cpu-time",
+    is_flag=True,
+    help="Measure this process's CPU time, on one thread: for a machine that others keep busy.",
+)
 @click.option("--rounds", default=3, help="Turns of each side.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row instead of a table.")
 def main(
@@ -257,24 +264,31 @@ def main(
     batches: Sequence[int],
     names: Sequence[str],
     drafts: int,
+    new: int,
+    cpu_time: bool,
     rounds: int,
     as_json: bool,
 ) -> None:
     """Compares decode speed with and without speculation."""
     folder, cpus = hub.resolve(model, sys.stderr), usable_cpus()
+    if cpu_time:
+        cpus = cpus[:1]
     chosen = choose_kernels(threads=len(cpus))
     torch.set_num_threads(1 if chosen.kernels.name == "cpu" else len(cpus))
     blocks = max(batches) * 128
     runner = TorchRunner(folder, num_blocks=blocks, dtype=dtype, quantize=quantize, kernels=chosen.kernels)
-    pin_threads(chosen.kernels, cpus)
+    if not cpu_time:
+        pin_threads(chosen.kernels, cpus)
     if not as_json:
         print(f"{folder.name}, {runner.dtype}, {runner.quantization}, {runner.kernels.name} {runner.kernels.isa}")
-        print(f"{'case':<14}{'batch':>6}{'tok/s without':>15}{'ratio':>7}{'guessed':>9}{'kept':>7}{'of':>7}")
+        print(
+            f"{'case':<14}{'batch':>6}{'tok/s without':>15}{'ratio':>7}{'guessed':>9}{'kept':>7}{'of':>7}", flush=True
+        )
     for batch in batches:
         for case in cases(folder, batch, runner.config.vocab_size):
             if names and case.name not in names:
                 continue
-            row = compare(runner, case, drafts, rounds)
+            row = compare(runner, case, new, drafts, rounds, time.process_time if cpu_time else time.perf_counter)
             if as_json:
                 print(json.dumps(row), flush=True)
                 continue

@@ -75,6 +75,9 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     """Log-probabilities of the drawn token and of this many alternatives."""
 
+    prompt_logprobs: int | None
+    """The same for the prompt's tokens but the first; `generate_once` only."""
+
     priority: int | None
     bypass: bool | None
     """Neither read from the prefix cache nor leave anything in it."""
@@ -133,7 +136,12 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> gen.Genera
     )
     _merge(
         request.output,
-        gen.OutputOptions(logprobs=options.get("logprobs"), text=options.get("text"), token_ids=options.get("ids")),
+        gen.OutputOptions(
+            logprobs=options.get("logprobs"),
+            prompt_logprobs=options.get("prompt_logprobs"),
+            text=options.get("text"),
+            token_ids=options.get("ids"),
+        ),
     )
     if (constraint := _constraint(options)) is not None:
         request.constraint.CopyFrom(constraint)

@@ -68,7 +68,10 @@ class RouterConfig:
     max_stop_string_bytes: int = setting(default=256, help="UTF-8 bytes of one stop string.")
     max_stop_token_ids: int = setting(default=64, help="Stop token ids of a request.")
     max_choices: int = setting(default=16, help="Choices of a request.")
-    max_logprobs: int = setting(default=20, help="Alternatives of logprobs.")
+    max_logprobs: int = setting(default=20, help="Alternatives of logprobs, and of prompt_logprobs.")
+    max_prompt_logprobs: int = setting(
+        default=65_536, help="Log-probabilities of a request's prompt, alternatives counted."
+    )
     max_logit_bias: int = setting(default=1024, help="Entries of logit_bias, and of allowed_token_ids.")
     max_bad_words: int = setting(default=64, help="Bad words of a request.")
 

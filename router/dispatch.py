@@ -51,11 +51,17 @@ class Work:
     numerics_id: str = ""
     """What its first worker's must be, for a stream that goes on here; empty for any."""
     constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
+    """Alternatives of the log-probabilities that are wanted of the prompt; None for none of these."""
 
     @property
     def needs(self) -> frozenset[pb.Feature.ValueType]:
         """What a worker must have besides what all of them have."""
-        return frozenset() if self.constraint is None else frozenset({pb.FEATURE_CONSTRAINTS})
+        wanted = {
+            pb.FEATURE_CONSTRAINTS: self.constraint is not None,
+            pb.FEATURE_PROMPT_LOGPROBS: self.prompt_logprobs is not None,
+        }
+        return frozenset(feature for feature, needed in wanted.items() if needed)
 
 
 class Turn(Protocol):
@@ -177,6 +183,7 @@ class Dispatch:
             prefix_root=prefix_root(place.worker, work.scope),
             bypass_prefix_cache=work.bypass,
             constraint=work.constraint,
+            prompt_logprobs=None if self._journal.prompt_scored else work.prompt_logprobs,
             moved=self._moved,
             waited_ms=round((now - work.arrival) * 1000),
             suspect=self._faults > 0,

@@ -132,6 +132,7 @@ class Fleet:
         def wanted(link: WorkerLink) -> bool:
             return _fits(link, asked)
 
+        self._refuse_what_none_has(model, needs)
         await self._until_ready(wanted, equivalent=bool(numerics_id))
         if refused and all(link in refused for link in self.links if link.ready and wanted(link)):
             raise list(refused.values())[-1]
@@ -157,6 +158,19 @@ class Fleet:
         if link.info is None:
             raise RuntimeError("a ready link has no worker")
         return Place(link, link.info, len(prompt_ids) - chosen.cached_tokens)
+
+    def _refuse_what_none_has(self, model: str, needs: frozenset[pb.Feature.ValueType]) -> None:
+        """Raises QwireError where a model has workers, of another release perhaps, and none has all features."""
+        links = [link for link in self.links if _fits(link, Wanted(model))]
+        if not links or any(_fits(link, Wanted(model, needs)) for link in links):
+            return
+        had = {feature for link in links if link.info is not None for feature in link.info.features}
+        lacking = sorted(needs - had) or sorted(needs)
+        raise QwireError(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"no worker of the model has {' and '.join(map(pb.Feature.Name, lacking))}",
+            reason=Reason.NOT_IN_THIS_RELEASE,
+        )
 
     async def _until_ready(self, wanted: Callable[[WorkerLink], bool], *, equivalent: bool = False) -> None:
         deadline = time.monotonic() + self._worker_wait

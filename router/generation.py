@@ -72,7 +72,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             found.raise_if_any()
         answer = pb.GenerateOnceResponse()
         try:
-            async with aclosing(self._stream(request.request, context)) as messages:
+            async with aclosing(self._stream(request.request, context, answer)) as messages:
                 async for message in messages:
                     _collect(answer, message)
         except QwireError as error:
@@ -85,7 +85,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
         raise not_in_this_release("Score")
 
-    async def _stream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def _stream(
+        self, request: pb.GenerateRequest, context: Context, answer: pb.GenerateOnceResponse | None = None
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """A stream's messages. `answer` is given what isn't in any of them, where the stream becomes one."""
         arrival, remaining = time.monotonic(), context.time_remaining()
         tenant = tenant_of(context.invocation_metadata())
         claim = Claim(
@@ -98,16 +101,22 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         with self._admission.enter(
             tenant, claim, _guess_tokens(request), self._fleet.known_model(request.model)
         ) as ticket:
-            async with aclosing(self._admitted(request, context, tenant, claim, ticket)) as messages:
+            async with aclosing(self._admitted(request, context, tenant, claim, ticket, answer)) as messages:
                 async for message in messages:
                     yield message
 
     async def _admitted(
-        self, request: pb.GenerateRequest, context: Context, tenant: str, claim: Claim, ticket: Ticket
+        self,
+        request: pb.GenerateRequest,
+        context: Context,
+        tenant: str,
+        claim: Claim,
+        ticket: Ticket,
+        answer: pb.GenerateOnceResponse | None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The stream of a request that may wait."""
         arrival = claim.arrival
-        check(request, self._config)
+        check(request, self._config, once=answer is not None)
         resumed = None
         if request.HasField("resume"):
             resumed = resume.read(self._config.fleet_secret, request.resume.token)
@@ -151,6 +160,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 deadline=claim.deadline,
                 numerics_id=resumed.numerics_id if resumed is not None else "",
                 constraint=request.constraint if request.HasField("constraint") else None,
+                prompt_logprobs=request.output.prompt_logprobs if request.output.HasField("prompt_logprobs") else None,
             )
             live.check()
             dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves, ticket)
@@ -177,6 +187,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 while not journal.finished:
                     for message in await journal.next_messages():
                         yield message
+                if answer is not None:
+                    answer.prompt_logprobs.extend(journal.prompt_logprobs)
 
     @asynccontextmanager
     async def _running(

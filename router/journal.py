@@ -58,6 +58,8 @@ class Journal:
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.drop_choice: Callable[[int], None] = lambda index: None
         """Called for a choice that is complete before its worker knows, while others go on."""
+        self.prompt_logprobs: list[pb.TokenLogprobs] = []
+        """Those of the prompt, if they were asked for, as far as they came."""
         self._prompt_tokens = prompt_tokens
         self._arrival = arrival
         self._clock = clock
@@ -89,6 +91,8 @@ class Journal:
         self.worker = worker
         self.yielded = False
         self.lost = asyncio.get_running_loop().create_future()
+        if not self.prompt_scored:
+            self.prompt_logprobs.clear()
         self._replayed = sum(len(choice.ids) for choice in self.choices if choice.needs_worker)
         if self.moves == 0:
             self._submitted = self._clock()
@@ -113,6 +117,17 @@ class Journal:
         self.yielded = True
         self._tell(choice)
         return requests
+
+    def take_prompt_logprobs(self, part: worker_pb2.PromptLogprobs) -> None:
+        """Takes in log-probabilities of the prompt. Raises IndexGap."""
+        if part.first != len(self.prompt_logprobs):
+            raise IndexGap(f"prompt from index {part.first} on, {len(self.prompt_logprobs)} were there")
+        self.prompt_logprobs += part.logprobs
+
+    @property
+    def prompt_scored(self) -> bool:
+        """Whether all log-probabilities of the prompt are there that there can be."""
+        return len(self.prompt_logprobs) == self._prompt_tokens - 1
 
     def fail(self, error: QwireError) -> None:
         """Ends the stream with a status, unless it has ended already."""

@@ -64,8 +64,12 @@ class Violations:
         )
 
 
-def check(request: pb.GenerateRequest, config: RouterConfig) -> None:
-    """Checks all that needs neither model nor tokenizer. Raises QwireError INVALID_ARGUMENT with every violation."""
+def check(request: pb.GenerateRequest, config: RouterConfig, *, once: bool = False) -> None:
+    """Checks all that needs neither model nor tokenizer. Raises QwireError INVALID_ARGUMENT with every violation.
+
+    Args:
+        once: the answer comes in one piece, not as a stream.
+    """
     found = Violations()
     if request.HasField("request_id") and not (
         1 <= len(request.request_id) <= MAX_REQUEST_ID and PRINTABLE.issuperset(request.request_id)
@@ -84,7 +88,7 @@ def check(request: pb.GenerateRequest, config: RouterConfig) -> None:
             found.add("input", "must be set: one of text, token_ids and chat")
     _check_sampling(request.sampling, config, found)
     _check_stop(request.stop, config, found)
-    _check_output(request.output, config, found)
+    _check_output(request.output, config, found, once=once)
     if request.HasField("constraint"):
         _check_constraint(request.constraint, config, found)
     if request.HasField("priority") and not MIN_PRIORITY <= request.priority <= MAX_PRIORITY:
@@ -213,11 +217,15 @@ def _check_stop(stop: pb.StopOptions, config: RouterConfig, found: Violations) -
             found.add("stop.min_tokens", f"must be at most max_tokens {stop.max_tokens}, not {stop.min_tokens}")
 
 
-def _check_output(output: pb.OutputOptions, config: RouterConfig, found: Violations) -> None:
+def _check_output(output: pb.OutputOptions, config: RouterConfig, found: Violations, *, once: bool) -> None:
     if output.HasField("logprobs") and not 0 <= output.logprobs <= config.max_logprobs:
         found.add("output.logprobs", f"must be in [0, {config.max_logprobs}], not {output.logprobs}")
-    if output.HasField("prompt_logprobs"):
-        found.not_yet("output.prompt_logprobs")
+    if not output.HasField("prompt_logprobs"):
+        return
+    if not once:
+        found.add("output.prompt_logprobs", "is for GenerateOnce: a stream doesn't carry them")
+    elif not 0 <= output.prompt_logprobs <= config.max_logprobs:
+        found.add("output.prompt_logprobs", f"must be in [0, {config.max_logprobs}], not {output.prompt_logprobs}")
 
 
 def _check_constraint(constraint: pb.Constraint, config: RouterConfig, found: Violations) -> None:
@@ -269,6 +277,14 @@ def check_prompt(
             if token >= model.vocab_size:
                 key = token if name == "sampling.logit_bias" else index
                 found.add(f"{name}[{key}]", f"must be below the vocabulary size {model.vocab_size}, not {token}")
+    if request.output.HasField("prompt_logprobs"):
+        count = len(prompt_ids) * (1 + request.output.prompt_logprobs)
+        if count > config.max_prompt_logprobs:
+            found.add(
+                "output.prompt_logprobs",
+                f"asks for {count} log-probabilities of {len(prompt_ids)} prompt tokens, alternatives counted; "
+                f"at most {config.max_prompt_logprobs} are given",
+            )
     if not prompt_ids:
         found.add(where, "gives no tokens")
     if len(prompt_ids) >= model.context_length:

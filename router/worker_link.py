@@ -220,6 +220,9 @@ class WorkerLink:
         match frame.WhichOneof("frame"):
             case "step":
                 self._take_step(frame.step)
+            case "prompt_logprobs":
+                if journal := self._journals.get(frame.prompt_logprobs.attempt):
+                    journal.take_prompt_logprobs(frame.prompt_logprobs)
             case "heartbeat":
                 self._take_load(frame.heartbeat.load)
                 if frame.heartbeat.draining:

@@ -23,7 +23,7 @@ from worker.cache_feed import CacheFeed
 from worker.constraints.grammars import ConstraintRefused, Grammars, TooManyPending
 from worker.engine.engine import Engine, NeverFits, QueueFull, StepReport
 from worker.engine.sequence import Request
-from worker.frames import add_report, engine_request, load_frame, valid
+from worker.frames import add_report, engine_request, load_frame, prompt_logprob_frames, valid
 from worker.link import Link
 
 log = logging.getLogger(__name__)
@@ -265,11 +265,14 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             link = self._links.get(number)
             if link is None or sequence.choice not in link.live.get(attempt, ()):
                 continue  # aborted while the step ran
+            if sequence.start is not None:
+                for frame in prompt_logprob_frames(attempt, sequence.start.prompt_scores):
+                    link.send(frame)
             add_report(frames[number], attempt, sequence)
             if sequence.end is not None:
                 link.ended(attempt, sequence.choice)
-        for number, frame in frames.items():
-            self._links[number].send(pb.ServeResponse(step=frame))
+        for number, step in frames.items():
+            self._links[number].send(pb.ServeResponse(step=step))
         for keys, reason in (
             (report.expired, pb.FAILED_REASON_DEADLINE),
             (report.too_complex, pb.FAILED_REASON_CONSTRAINT_TOO_COMPLEX),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,10 +13,12 @@ from qwire.prefix import HASH_BYTES
 from qwire.v1 import generation_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.engine.engine import LoadReport, SequenceReport
-from worker.engine.plan import NO_TOKEN, SamplingParams
+from worker.engine.plan import NO_TOKEN, Drawn, SamplingParams
 from worker.engine.sequence import EndReason, Request
 
 MAX_CHOICES = 64
+LOGPROBS_PER_FRAME = 16_384
+"""At 13 bytes each at most."""
 MAX_TENANT_BYTES = 32
 
 END_REASONS = {
@@ -49,6 +51,7 @@ def valid(submit: pb.Submit, vocab_size: int) -> bool:
         and all(map(math.isfinite, (params.frequency_penalty, params.presence_penalty, *params.logit_bias.values())))
         and max((*params.logit_bias, *params.allowed_token_ids), default=0) < vocab_size
         and all(word.ids and max(word.ids) < vocab_size for word in params.bad_words)
+        and submit.prompt_logprobs <= vocab_size
     )
 
 
@@ -74,6 +77,7 @@ def engine_request(submit: pb.Submit, key: Hashable) -> Request:
         suspect=submit.suspect,
         tenant=submit.tenant,
         priority=submit.priority,
+        prompt_logprobs=submit.prompt_logprobs if submit.HasField("prompt_logprobs") else None,
     )
 
 
@@ -122,12 +126,7 @@ def add_report(frame: pb.Step, attempt: int, report: SequenceReport) -> None:
     if drawn.token_id != NO_TOKEN:
         step.token_ids.append(drawn.token_id)
     if drawn.logprob is not None:
-        step.logprobs.append(
-            generation_pb2.TokenLogprobs(
-                drawn=generation_pb2.TokenLogprob(token_id=drawn.token_id, logprob=drawn.logprob),
-                top=[generation_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in drawn.top],
-            )
-        )
+        step.logprobs.append(_token_logprobs(drawn))
     if report.start is not None:
         step.start.CopyFrom(
             pb.SequenceStart(
@@ -138,6 +137,21 @@ def add_report(frame: pb.Step, attempt: int, report: SequenceReport) -> None:
         )
     if report.end is not None:
         step.end.reason = END_REASONS[report.end]
+
+
+def prompt_logprob_frames(attempt: int, scores: Sequence[Drawn]) -> Iterator[pb.ServeResponse]:
+    """What is to be said of a prompt, in frames that stay far below a message's limit."""
+    size = max(1, LOGPROBS_PER_FRAME // (1 + len(scores[0].top))) if scores else 1
+    for first in range(0, len(scores), size):
+        logprobs = [_token_logprobs(score) for score in scores[first : first + size]]
+        yield pb.ServeResponse(prompt_logprobs=pb.PromptLogprobs(attempt=attempt, first=first, logprobs=logprobs))
+
+
+def _token_logprobs(drawn: Drawn) -> generation_pb2.TokenLogprobs:
+    return generation_pb2.TokenLogprobs(
+        drawn=generation_pb2.TokenLogprob(token_id=drawn.token_id, logprob=drawn.logprob or 0.0),
+        top=[generation_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in drawn.top],
+    )
 
 
 def _duration(seconds: float) -> Duration:

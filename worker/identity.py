@@ -75,7 +75,14 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
     capabilities = [models_pb2.CAPABILITY_GENERATE]
     if has_chat_template(config.model):
         capabilities.append(models_pb2.CAPABILITY_CHAT)
-    features = [pb.FEATURE_SAMPLING, pb.FEATURE_PENALTIES, pb.FEATURE_LOGPROBS, pb.FEATURE_CHOICES]
+    features = [
+        pb.FEATURE_SAMPLING,
+        pb.FEATURE_PENALTIES,
+        pb.FEATURE_LOGPROBS,
+        pb.FEATURE_CHOICES,
+    ]
+    if runner.scores_prompts:
+        features.append(pb.FEATURE_PROMPT_LOGPROBS)
     if constraints:
         capabilities.append(models_pb2.CAPABILITY_CONSTRAINTS)
         features.append(pb.FEATURE_CONSTRAINTS)

@@ -528,7 +528,10 @@ class OutputOptions(_message.Message):
     logprobs: _builtins.int
     """Log-probabilities of the drawn token and of this many most probable ones, in [0, 20]; 0 gives the drawn one alone."""
     prompt_logprobs: _builtins.int
-    """The same for the prompt's tokens; GenerateOnce only. Not in this release: INVALID_ARGUMENT."""
+    """The same for the prompt's tokens but the first, each as the one behind those before it; in [0, 20], GenerateOnce
+    only. At most 65,536 log-probabilities in all, alternatives counted. The prompt is computed whole for them, whatever
+    of it is cached.
+    """
     text: _builtins.bool
     """Deliver text. Unset means true."""
     token_ids: _builtins.bool
@@ -1015,19 +1018,25 @@ class GenerateOnceResponse(_message.Message):
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted: ...
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedChoice]: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One for each token of the prompt but the first, which `drawn` names, if asked for."""
+
     def __init__(
         self,
         *,
         accepted: Global___Accepted | None = ...,
         choices: _abc.Iterable[Global___GeneratedChoice] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "choices", b"choices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "choices", b"choices", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

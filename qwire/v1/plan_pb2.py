@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13qwire/v1/plan.proto\x12\x08qwire.v1\"\x83\x01\n\tRankOrder\x12%\n\x04step\x18\x01 \x01(\x0b\x32\x15.qwire.v1.PlannedStepH\x00\x12\"\n\x04\x62\x65\x61t\x18\x02 \x01(\x0b\x32\x12.qwire.v1.RankBeatH\x00\x12\"\n\x04stop\x18\x03 \x01(\x0b\x32\x12.qwire.v1.RankStopH\x00\x42\x07\n\x05order\"\\\n\x0bPlannedStep\x12&\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x16.qwire.v1.PlannedChunk\x12%\n\x06\x63opies\x18\x02 \x03(\x0b\x32\x15.qwire.v1.PlannedCopy\"-\n\x0bPlannedCopy\x12\x0e\n\x06source\x18\x01 \x01(\r\x12\x0e\n\x06target\x18\x02 \x01(\r\"d\n\x0cPlannedChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\r\n\x05\x64raws\x18\x04 \x01(\r\x12\x0e\n\x06\x64rafts\x18\x05 \x01(\r\"\n\n\x08RankBeat\"\n\n\x08RankStopb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13qwire/v1/plan.proto\x12\x08qwire.v1\"\x83\x01\n\tRankOrder\x12%\n\x04step\x18\x01 \x01(\x0b\x32\x15.qwire.v1.PlannedStepH\x00\x12\"\n\x04\x62\x65\x61t\x18\x02 \x01(\x0b\x32\x12.qwire.v1.RankBeatH\x00\x12\"\n\x04stop\x18\x03 \x01(\x0b\x32\x12.qwire.v1.RankStopH\x00\x42\x07\n\x05order\"\\\n\x0bPlannedStep\x12&\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x16.qwire.v1.PlannedChunk\x12%\n\x06\x63opies\x18\x02 \x03(\x0b\x32\x15.qwire.v1.PlannedCopy\"-\n\x0bPlannedCopy\x12\x0e\n\x06source\x18\x01 \x01(\r\x12\x0e\n\x06target\x18\x02 \x01(\r\"t\n\x0cPlannedChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\r\n\x05\x64raws\x18\x04 \x01(\r\x12\x0e\n\x06\x64rafts\x18\x05 \x01(\r\x12\x0e\n\x06scored\x18\x06 \x01(\r\"\n\n\x08RankBeat\"\n\n\x08RankStopb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLANNEDCOPY']._serialized_start=261
   _globals['_PLANNEDCOPY']._serialized_end=306
   _globals['_PLANNEDCHUNK']._serialized_start=308
-  _globals['_PLANNEDCHUNK']._serialized_end=408
-  _globals['_RANKBEAT']._serialized_start=410
-  _globals['_RANKBEAT']._serialized_end=420
-  _globals['_RANKSTOP']._serialized_start=422
-  _globals['_RANKSTOP']._serialized_end=432
+  _globals['_PLANNEDCHUNK']._serialized_end=424
+  _globals['_RANKBEAT']._serialized_start=426
+  _globals['_RANKBEAT']._serialized_end=436
+  _globals['_RANKSTOP']._serialized_start=438
+  _globals['_RANKSTOP']._serialized_end=448
 # @@protoc_insertion_point(module_scope)

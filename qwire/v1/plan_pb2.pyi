@@ -121,6 +121,7 @@ class PlannedChunk(_message.Message):
     BLOCK_TABLE_FIELD_NUMBER: _builtins.int
     DRAWS_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
+    SCORED_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     """Position of the first id in its sequence."""
     draws: _builtins.int
@@ -131,6 +132,8 @@ class PlannedChunk(_message.Message):
     """How many of the last token_ids are guesses at what is drawn before them. With any, there is one draw for each of the
     last 1 + drafts positions.
     """
+    scored: _builtins.int
+    """How many of the first token_ids' logits are looked at for log-probabilities besides."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """At least one."""
@@ -147,10 +150,11 @@ class PlannedChunk(_message.Message):
         block_table: _abc.Iterable[_builtins.int] | None = ...,
         draws: _builtins.int = ...,
         drafts: _builtins.int = ...,
+        scored: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_table", b"block_table", "drafts", b"drafts", "draws", b"draws", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_table", b"block_table", "drafts", b"drafts", "draws", b"draws", "scored", b"scored", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

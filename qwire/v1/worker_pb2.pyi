@@ -40,6 +40,7 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     FEATURE_LOGPROBS: _Feature.ValueType  # 3
     FEATURE_CHOICES: _Feature.ValueType  # 4
     FEATURE_CONSTRAINTS: _Feature.ValueType  # 5
+    FEATURE_PROMPT_LOGPROBS: _Feature.ValueType  # 6
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """A thing that a request may need of a worker. A request is placed only where the worker has all it needs."""
@@ -51,6 +52,7 @@ FEATURE_PENALTIES: Feature.ValueType  # 2
 FEATURE_LOGPROBS: Feature.ValueType  # 3
 FEATURE_CHOICES: Feature.ValueType  # 4
 FEATURE_CONSTRAINTS: Feature.ValueType  # 5
+FEATURE_PROMPT_LOGPROBS: Feature.ValueType  # 6
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 class _RefusedReason:
@@ -185,6 +187,7 @@ class ServeResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -199,6 +202,8 @@ class ServeResponse(_message.Message):
     def fault(self) -> Global___Fault: ...
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs: ...
     def __init__(
         self,
         *,
@@ -209,12 +214,13 @@ class ServeResponse(_message.Message):
         failed: Global___Failed | None = ...,
         fault: Global___Fault | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "failed", b"failed", "fault", b"fault", "frame", b"frame", "heartbeat", b"heartbeat", "refused", b"refused", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "failed", b"failed", "fault", b"fault", "frame", b"frame", "heartbeat", b"heartbeat", "prompt_logprobs", b"prompt_logprobs", "refused", b"refused", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "failed", b"failed", "fault", b"fault", "frame", b"frame", "heartbeat", b"heartbeat", "refused", b"refused", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "failed", b"failed", "fault", b"fault", "frame", b"frame", "heartbeat", b"heartbeat", "prompt_logprobs", b"prompt_logprobs", "refused", b"refused", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "admitted", "refused", "step", "failed", "fault", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "admitted", "refused", "step", "failed", "fault", "heartbeat", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -342,6 +348,7 @@ class Submit(_message.Message):
     SUSPECT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Counts up within a router; with Hello.router_id it names this attempt at a request for ever. A request that moves
     gets a new one, so what an old worker still says can be told apart.
@@ -366,6 +373,8 @@ class Submit(_message.Message):
     """Whose request it is: at most 32 bytes that mean nothing else. Requests of one priority take turns by tenant, so that
     each gets as much as the others; empty is a tenant like any other.
     """
+    prompt_logprobs: _builtins.int
+    """How many alternatives the log-probabilities of the prompt's tokens have; unset means no log-probabilities of these."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -396,13 +405,19 @@ class Submit(_message.Message):
         suspect: _builtins.bool = ...,
         priority: _builtins.int = ...,
         tenant: _builtins.bytes = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "constraint", b"constraint", "params", b"params", "remaining_ms", b"remaining_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_remaining_ms", b"_remaining_ms", "constraint", b"constraint", "params", b"params", "prompt_logprobs", b"prompt_logprobs", "remaining_ms", b"remaining_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "constraint", b"constraint", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "priority", b"priority", "prompt_ids", b"prompt_ids", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "tenant", b"tenant", "waited_ms", b"waited_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_remaining_ms", b"_remaining_ms", "attempt", b"attempt", "bypass_prefix_cache", b"bypass_prefix_cache", "choices", b"choices", "constraint", b"constraint", "moved", b"moved", "params", b"params", "prefix_root", b"prefix_root", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "remaining_ms", b"remaining_ms", "suspect", b"suspect", "tenant", b"tenant", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__remaining_ms: _TypeAlias = _typing.Literal["remaining_ms"]  # noqa: Y015
     _WhichOneofArgType__remaining_ms: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_ms) -> _WhichOneofReturnType__remaining_ms | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
@@ -721,6 +736,37 @@ class SequenceStep(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SequenceStep: _TypeAlias = SequenceStep  # noqa: Y015
+
+@_typing.final
+class PromptLogprobs(_message.Message):
+    """Log-probabilities of a prompt's tokens but the first, in order, in as many frames as they take; all of them come before
+    the attempt's first ids.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    first: _builtins.int
+    """Index of the first of `logprobs` among all of the prompt's."""
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprobs]: ...
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        first: _builtins.int = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first", b"first", "logprobs", b"logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
 
 @_typing.final
 class SequenceStart(_message.Message):

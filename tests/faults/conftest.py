@@ -14,11 +14,10 @@ from tests.faults.processes import wait_for_workers
 from tests.helpers.stacks import RunningStack, running_stack, write_tiny_model
 
 FLAGS = ("--kv-cache-mib", "64", "--threads", "1", "--max-running", "6", "--grace", "1")
+SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1000}, "minItems": 40, "maxItems": 45}
+NESTED = 'start: item (", " item){40,60}\nitem: /[0-9]{2,4}/ | "(" item ")"'
 TOKENS = 180
 """Long enough to be hit in the middle, under the brake for seconds."""
-
-
-NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 100_000}, "minItems": 20, "maxItems": 40}
 
 
 @pytest.fixture(scope="package")
@@ -79,15 +78,10 @@ def mixed(references: References) -> list[Options]:
         # A stop string that is found late, and lies across tokens: it is a few characters of random bytes.
         {**free, "stop": [text[-24:-18]]},
         {"prompt": "the rain in Spain", "seed": 8, "temperature": 1.0, **long},
-        {"token_ids": [3, 5], "seed": 9, "temperature": 1.0, "max_tokens": TOKENS, "regex": "[a-z]{120,}[0-9]"},
-        {"token_ids": [5, 3], "seed": 10, "temperature": 1.0, "max_tokens": TOKENS, "json_schema": NUMBERS},
-        {
-            "token_ids": [3, 3],
-            "seed": 11,
-            "temperature": 1.0,
-            "max_tokens": TOKENS,
-            "grammar": 'start: item{60,90} "."\nitem: "ab" | "c"',
-        },
+        # Row 3: a format of each kind that keeps a state, long enough to be hit within it.
+        {"token_ids": [3, 1], "seed": 2, "temperature": 1.1, "json_schema": SCHEMA, "max_tokens": 2 * TOKENS},
+        {"token_ids": [3, 2], "temperature": 0, "regex": "(the|[a-e]{2} ){60,90}!", "max_tokens": 2 * TOKENS},
+        {"token_ids": [3, 3], "seed": 4, "temperature": 0.9, "grammar": NESTED, "max_tokens": TOKENS},
     ]
     with ThreadPoolExecutor(len(requests)) as pool:
         list(pool.map(references.of, requests))

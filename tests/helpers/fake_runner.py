@@ -45,9 +45,12 @@ class FakeRunner:
             end = chunk.start + len(chunk.token_ids)
             tokens, _ = self._read(chunk.block_table, end)
             ends = range(end - chunk.drafts, end + 1) if chunk.drafts else [end] * len(chunk.draws)
-            drawn.append(
-                [Drawn(self.next_token(tokens[:end], draw.choice)) for draw, end in zip(chunk.draws, ends, strict=True)]
-            )
+            # A score tells what it was computed for: the position.
+            scores = [Drawn(token, float(position)) for position, token in enumerate(chunk.scored, chunk.start)]
+            tokens_drawn = [
+                Drawn(self.next_token(tokens[:end], draw.choice)) for draw, end in zip(chunk.draws, ends, strict=True)
+            ]
+            drawn.append([*scores, *tokens_drawn])
         return drawn
 
     def next_token(self, tokens: Sequence[int], choice: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+import grpc
 import pytest
 
 from qwire import prefix
@@ -102,7 +103,8 @@ async def test_a_request_goes_only_where_all_it_needs_is() -> None:
     assert (await fleet.place("m", PROMPT, SCOPE, needs=needs)).link is able
     with pytest.raises(QwireError) as caught:
         await make_fleet(plain).place("m", PROMPT, SCOPE, needs=needs)
-    assert caught.value.reason == Reason.NO_WORKER
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNIMPLEMENTED, Reason.NOT_IN_THIS_RELEASE)
+    assert "FEATURE_CONSTRAINTS" in str(caught.value)
 
 
 async def test_hashes_are_computed_once_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,24 @@ async def test_ids_alone_need_no_detokenizer() -> None:
     assert last.finished.usage.generated_tokens == 2
 
 
+async def test_logprobs_of_the_prompt_come_whole_or_anew() -> None:
+    def part(first: int, *tokens: int) -> worker_pb2.PromptLogprobs:
+        entries = [pb.TokenLogprobs(drawn=pb.TokenLogprob(token_id=token)) for token in tokens]
+        return worker_pb2.PromptLogprobs(attempt=1, first=first, logprobs=entries)
+
+    stream = journal()
+    stream.submitted("w")
+    stream.take_prompt_logprobs(part(0, 8))
+    stream.submitted("another")
+    assert stream.prompt_logprobs == []
+    with pytest.raises(IndexGap):
+        stream.take_prompt_logprobs(part(1, 9))
+    stream.take_prompt_logprobs(part(0, 8, 9))
+    assert stream.prompt_scored
+    stream.submitted("a third")
+    assert [entry.drawn.token_id for entry in stream.prompt_logprobs] == [8, 9]
+
+
 async def test_the_finish_waits_for_the_text() -> None:
     stream = journal()
     (push,) = stream.receive(step(0, [5]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -122,6 +123,21 @@ def test_bad_values(fields: dict[str, object], named: list[str]) -> None:
     assert violations(request(**fields)) == named
 
 
+def test_prompt_logprobs_are_for_calls_that_answer_once() -> None:
+    asked = request(output=pb.OutputOptions(prompt_logprobs=3))
+    assert violations(asked) == ["output.prompt_logprobs"]
+    check(asked, CONFIG, once=True)
+    for wrong in (-1, 21):
+        with pytest.raises(QwireError) as caught:
+            check(request(output=pb.OutputOptions(prompt_logprobs=wrong)), CONFIG, once=True)
+        assert [violation.field for violation in caught.value.violations] == ["output.prompt_logprobs"]
+    small = dataclasses.replace(CONFIG, max_prompt_logprobs=40)
+    check_prompt(asked, [1] * 10, MODEL, small)
+    with pytest.raises(QwireError) as caught:
+        check_prompt(asked, [1] * 11, MODEL, small)
+    assert "44" in caught.value.violations[0].description and "40" in caught.value.violations[0].description
+
+
 def test_no_input() -> None:
     assert violations(pb.GenerateRequest()) == ["input"]
 
@@ -137,7 +153,6 @@ def test_every_violation_is_named_at_once() -> None:
     ("fields", "named"),
     [
         ({"adapter": "a"}, "adapter"),
-        ({"output": pb.OutputOptions(prompt_logprobs=0)}, "output.prompt_logprobs"),
     ],
 )
 def test_what_this_release_lacks_is_refused_by_name(fields: dict[str, object], named: str) -> None:

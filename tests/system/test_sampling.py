@@ -131,10 +131,47 @@ def test_generate_once_is_the_stream_at_once(client: Client, tiny: RunningStack)
     assert caught.value.violations[0].field == "request.sampling.top_p"
 
 
-def test_what_is_still_to_come_says_so(client: Client) -> None:
+def test_logprobs_of_the_prompt_are_those_of_transformers(client: Client, tiny_model: Path) -> None:
+    """Whatever is cached of the prompt, however long it is, and whatever is asked for beside them."""
+    from transformers import Qwen3ForCausalLM
+
+    prompt = [(7 * index * index + index // 5) % 250 for index in range(540)]
+    plain = run(client, token_ids=prompt, max_tokens=8, temperature=0)
+    options: dict[str, Any] = {"token_ids": prompt, "max_tokens": 8, "ignore_eos": True}
+    answer = client.generate_once(**options, temperature=0, prompt_logprobs=3)
+    assert list(answer.choices[0].token_ids) == plain.token_ids
+    assert answer.choices[0].finished.usage.cached_tokens == 0
+    model = Qwen3ForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0, :-1].double().log_softmax(-1)
+    assert [entry.drawn.token_id for entry in answer.prompt_logprobs] == prompt[1:]
+    for position, entry in enumerate(answer.prompt_logprobs):
+        assert math.isclose(entry.drawn.logprob, expected[position, prompt[position + 1]].item(), abs_tol=1e-3)
+        top = expected[position].topk(3)
+        assert [item.logprob for item in entry.top] == pytest.approx(top.values.tolist(), abs=1e-3)
+        if (top.values.diff().abs() > 2e-3).all():
+            assert [item.token_id for item in entry.top] == top.indices.tolist()
+    # Before penalties, with other choices, and on the prompt alone.
+    several = client.generate_once(
+        **options, prompt_logprobs=3, n=3, seed=2, repetition_penalty=1.5, logit_bias={5: 3.0}, logprobs=1
+    )
+    assert list(several.prompt_logprobs) == list(answer.prompt_logprobs)
+    assert len({tuple(choice.token_ids) for choice in several.choices}) == 3
+    bare = client.generate_once(**{**options, "token_ids": [3, 4, 5], "prompt_logprobs": 0, "max_tokens": 1})
+    assert [(entry.drawn.token_id, len(entry.top)) for entry in bare.prompt_logprobs] == [(4, 0), (5, 0)]
+    assert not client.generate_once(**{**options, "token_ids": [3], "prompt_logprobs": 2}).prompt_logprobs
+    assert not client.generate_once(**options).prompt_logprobs
+
+
+def test_a_stream_doesnt_carry_logprobs_of_its_prompt(client: Client) -> None:
     with pytest.raises(QwireError) as caught:
         client.generate_request(pb.GenerateRequest(text="x", output=pb.OutputOptions(prompt_logprobs=1))).read()
-    assert caught.value.reason == Reason.NOT_IN_THIS_RELEASE
+    assert caught.value.reason == Reason.INVALID_REQUEST
+    assert [violation.field for violation in caught.value.violations] == ["output.prompt_logprobs"]
+    with pytest.raises(QwireError) as caught:
+        client.generate_once(token_ids=[1] * 4000, prompt_logprobs=20)
+    assert [violation.field for violation in caught.value.violations] == ["request.output.prompt_logprobs"]
+    assert "65536" in str(caught.value)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.2, "seed": 4, "repetition_penalty": 1.5}])

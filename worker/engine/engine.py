@@ -43,6 +43,8 @@ class Start:
     cached_tokens: int
     queue_seconds: float
     prefill_seconds: float
+    prompt_scores: Sequence[Drawn] = ()
+    """Log-probabilities of the prompt's tokens behind the first, if asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +294,9 @@ class Engine:
             if chunk.drafts:
                 reports += self._verify(sequence, chunk.token_ids[-chunk.drafts :], tokens)
                 continue
+            if chunk.scored:
+                sequence.take_scores(tokens[: len(chunk.scored)])
+                tokens = tokens[len(chunk.scored) :]
             self.scheduler.computed(sequence, len(chunk.token_ids))
             if tokens:
                 reports += self._apply(sequence, tokens)
@@ -317,7 +322,9 @@ class Engine:
         start = None
         if sequence.choice == request.first_choice and sequence.num_generated == len(request.choices[sequence.choice]):
             began = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
-            start = Start(sequence.cached_tokens, began - sequence.arrival, self._clock() - began)
+            start = Start(
+                sequence.cached_tokens, began - sequence.arrival, self._clock() - began, sequence.prompt_scores[:]
+            )
         forks = [sequence.fork(choice, token.token_id) for choice, token in enumerate(others, sequence.choice + 1)]
         sequence.unborn = 0
         sequence.take(first.token_id)

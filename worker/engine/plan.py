@@ -102,6 +102,10 @@ class Chunk:
     what is drawn at one tells whether the id behind it was right."""
     drafts: int = 0
     """How many of the last `token_ids` are guesses at what is drawn before them."""
+    scored: Sequence[int] = ()
+    """Ids whose log-probability is wanted: `scored[i]` as the one behind `token_ids[i]`."""
+    scored_top: int = 0
+    """How many alternatives come with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +143,9 @@ class ModelRunner(Protocol):
 
     def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         """Copies blocks, computes every chunk, writes its keys and values to the cache, and returns one list a chunk:
-        what was drawn, in the order of its draws. Positions of drafts that were not drawn are computed anew by later
-        steps. Any exception is fatal to the process that runs it."""
+        its `scored` ids with their log-probabilities, then what was drawn, in the order of its draws. Positions of
+        drafts that were not drawn are computed anew by later steps. Any exception is fatal to the process that runs
+        it."""
         ...
 
 

@@ -410,4 +410,11 @@ def _chunk(sequence: SequenceState, count: int) -> Chunk:
     if start + count == sequence.total:
         choices = range(sequence.choice, sequence.choice + 1 + sequence.unborn)
         draws = [sequence.draw(choice) for choice in choices]
-    return Chunk(sequence.tokens[start : start + count], start, sequence.blocks, draws)
+    return Chunk(
+        sequence.tokens[start : start + count],
+        start,
+        sequence.blocks,
+        draws,
+        scored=sequence.to_score(count),
+        scored_top=sequence.request.prompt_logprobs or 0,
+    )

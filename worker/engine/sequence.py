@@ -13,7 +13,7 @@ from enum import Enum
 
 from qwire.ordering import Claim
 from worker.engine.constraint import ConstraintState, Standing, TokenMask
-from worker.engine.plan import NO_TOKEN, Draw, SamplingParams
+from worker.engine.plan import NO_TOKEN, Draw, Drawn, SamplingParams
 from worker.engine.speculation import Guesses
 
 
@@ -63,6 +63,8 @@ class Request:
     """An engine had it before: it is taken where others find the queue full."""
     suspect: bool = False
     """An engine may have failed because of it."""
+    prompt_logprobs: int | None = None
+    """How many alternatives the log-probabilities of the prompt's ids come with; None asks for none at all."""
     tenant: bytes = b""
     priority: int = 0
     """See qwire.ordering."""
@@ -101,6 +103,8 @@ class SequenceState:
     constraint: ConstraintState | None = None
     standing: Standing = Standing.OPEN
     """How it stands to its constraint."""
+    prompt_scores: list[Drawn] = field(default_factory=list)
+    """The log-probabilities of the prompt's ids behind the first, as far as they are known."""
     guesses: Guesses = field(default_factory=Guesses)
     """Of what is drawn for it."""
     claim: Claim = field(init=False)
@@ -185,6 +189,28 @@ class SequenceState:
                 if len(before) <= len(newest) and newest[len(newest) - len(before) :] == before:
                     banned.append(last)
         return banned
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are to come: then all of it is computed, in order, here."""
+        request = self.request
+        return (
+            request.prompt_logprobs is not None
+            and self.choice == request.first_choice
+            and len(self.prompt_scores) < len(request.prompt_ids) - 1
+        )
+
+    def to_score(self, count: int) -> Ids[int]:
+        """Ids whose log-probability is wanted where the next `count` tokens are computed."""
+        if not self.scores_prompt:
+            return ()
+        return self.request.prompt_ids[self.computed + 1 : self.computed + count + 1]
+
+    def take_scores(self, scores: Ids[Drawn]) -> None:
+        """Takes in those of the tokens that were computed last; before it is said that they were."""
+        if self.computed == 0:  # for the first time, or anew
+            self.prompt_scores.clear()
+        self.prompt_scores += scores
 
     @property
     def _longest_bad_word(self) -> int:

@@ -59,7 +59,7 @@ class Sharing:
 
         The last token is never among them: it is always computed, because its logits are wanted.
         """
-        if not sequence.request.use_prefix_cache:
+        if not sequence.request.use_prefix_cache or sequence.scores_prompt:
             return ComputedPrefix([])
         last = sequence.total - 1
         full = last // self._pool.block_size

@@ -28,7 +28,7 @@ GROUP: dict[Format, int] = {"int8": 128, "int4": 32}
 _WEIGHTS_AT_ONCE = 2**15 - 1
 """Weights that a thread quantizes at a time: what the search needs stays in its caches, and torch, which shares out
 work from 2**15 elements on, starts no threads for it."""
-_ZERO_BASE, _ZERO_STEP = 36 / 8, 3 / 8
+ZERO_BASE, ZERO_STEP = 36 / 8, 3 / 8
 _MANTISSA = 20
 """Bits of a float32 below those that an int4 scale keeps."""
 _TINY = 2.0**-100
@@ -86,7 +86,7 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
         return weight.q * scale
     q = torch.stack((weight.q & 15, weight.q >> 4), -1).flatten(1)[:, : weight.in_features]
     zero = weight.zero.repeat_interleave(size, 1)[:, : weight.in_features]
-    return scale * (q - (_ZERO_BASE + _ZERO_STEP * zero))
+    return scale * (q - (ZERO_BASE + ZERO_STEP * zero))
 
 
 def _grouped(weight: Tensor, size: int) -> Tensor:
@@ -127,7 +127,7 @@ def int4_parameters(weight: Tensor, importance: Tensor | None = None) -> tuple[T
     low, high = wide.aminmax(dim=-1, keepdim=True)
     middle = (low + high) / 2
     # The scale that spans the group's values, with zero points as far off the middle as they go; then its leading bits.
-    span = torch.stack(((high - low) / 15, high / (15 - _ZERO_BASE), -low / (_ZERO_BASE + 15 * _ZERO_STEP))).amax(0)
+    span = torch.stack(((high - low) / 15, high / (15 - ZERO_BASE), -low / (ZERO_BASE + 15 * ZERO_STEP))).amax(0)
     span.clamp_(min=_TINY)
     count = span.view(torch.int32) >> _MANTISSA
     least = torch.full_like(low, torch.inf)
@@ -136,10 +136,10 @@ def int4_parameters(weight: Tensor, importance: Tensor | None = None) -> tuple[T
     for step in (-1, 0, 1):
         scale = ((count + step) << _MANTISSA).view(torch.float32)
         torch.div(wide, scale, out=scaled)
-        near = ((7.5 - _ZERO_BASE - middle / scale) / _ZERO_STEP).round()
+        near = ((7.5 - ZERO_BASE - middle / scale) / ZERO_STEP).round()
         for offset in (-1, 0, 1):
             zero = (near + offset).clamp(0, 15)
-            torch.add(scaled, _ZERO_BASE + _ZERO_STEP * zero, out=shifted)
+            torch.add(scaled, ZERO_BASE + ZERO_STEP * zero, out=shifted)
             torch.round(shifted, out=rounded).clamp_(0, 15)
             error = rounded.sub_(shifted).square_()
             if counts is not None:
@@ -150,4 +150,4 @@ def int4_parameters(weight: Tensor, importance: Tensor | None = None) -> tuple[T
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
     scale, zero = best_scale.squeeze(-1), best_zero.squeeze(-1)
-    return scale, zero, _ZERO_BASE + _ZERO_STEP * zero
+    return scale, zero, ZERO_BASE + ZERO_STEP * zero

@@ -92,6 +92,8 @@ class CudaRunner(TorchRunner):
     Nothing can be executed before `make_ready`.
     """
 
+    scores_prompts = False
+
     def __init__(
         self,
         folder: Path,

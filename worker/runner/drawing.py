@@ -85,6 +85,13 @@ def draw_all(
     return Drawing(tokens, asked, restricted, fetch((tokens, impossible, *logprobs)))
 
 
+def score_all(kernels: Kernels, logits: Tensor, ids: Sequence[int], count: int) -> list[Drawn]:
+    """The log-probability of one given id for each row of float32 logits [rows, V], and of the `count` best."""
+    own, top_ids, top_values = kernels.logprobs(logits, torch.tensor(ids), count)
+    rows = zip(ids, own.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
+    return [Drawn(token, value, tuple(zip(best, values, strict=True))) for token, value, best, values in rows]
+
+
 def build_sampling(draws: Sequence[Draw]) -> SamplingBatch:
     """One row a draw."""
     count = len(draws)

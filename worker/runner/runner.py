@@ -6,7 +6,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from worker.model.qwen import Buffers, StepInputs
 from worker.model.rope import rotation_table
 from worker.parallel import Group
 from worker.runner.batch import StepArrays, build_step, padded
-from worker.runner.drawing import draw_all
+from worker.runner.drawing import draw_all, score_all
+
+SCORED_ROWS = 32
+"""Rows whose logits are held at a time where only log-probabilities are wanted of them."""
 
 
 def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
@@ -67,6 +70,9 @@ class TorchRunner:
 
     Raises ModelError from the constructor for a folder that cannot be served.
     """
+
+    scores_prompts: ClassVar[bool] = True
+    """Whether log-probabilities of prompts can be asked for."""
 
     def __init__(
         self,
@@ -169,13 +175,29 @@ class TorchRunner:
             self._copy(plan.copies)
             step = self._build(plan)
             hidden = self._hidden(step)
+            scored = self._score(hidden, plan)
             if not draws:
-                return [[] for _ in plan.chunks]
+                return scored
             logits = self._logits(hidden[torch.from_numpy(step.draw_rows)])
             if logits is None:
-                return [[] for _ in plan.chunks]
+                return scored
             drawn = iter(draw_all(self.kernels, logits, draws).read())
-        return [[next(drawn) for _ in chunk.draws] for chunk in plan.chunks]
+        return [
+            [*scores, *(next(drawn) for _ in chunk.draws)] for scores, chunk in zip(scored, plan.chunks, strict=True)
+        ]
+
+    def _score(self, hidden: Tensor, plan: StepPlan) -> list[list[Drawn]]:
+        """Each chunk's scored ids; no entries on ranks other than 0."""
+        scored: list[list[Drawn]] = [[] for _ in plan.chunks]
+        first = 0
+        for chunk, scores in zip(plan.chunks, scored, strict=True):
+            for begin in range(0, len(chunk.scored), SCORED_ROWS):
+                ids = chunk.scored[begin : begin + SCORED_ROWS]
+                logits = self._logits(hidden[first + begin : first + begin + len(ids)])
+                if logits is not None:
+                    scores += score_all(self.kernels, logits, ids, chunk.scored_top)
+            first += len(chunk.token_ids)
+        return scored
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:

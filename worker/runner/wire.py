@@ -22,6 +22,7 @@ def encode_step(plan: StepPlan) -> bytes:
                     block_table=chunk.block_table,
                     draws=len(chunk.draws),
                     drafts=chunk.drafts,
+                    scored=len(chunk.scored),
                 )
                 for chunk in plan.chunks
             ],
@@ -31,7 +32,7 @@ def encode_step(plan: StepPlan) -> bytes:
 
 
 def decode_step(step: pb.PlannedStep) -> StepPlan:
-    """The plan as ranks other than 0 see it: where tokens are drawn, but not how."""
+    """The plan as ranks other than 0 see it: where tokens are drawn and scored, but not how."""
     return StepPlan(
         tuple(
             Chunk(
@@ -40,6 +41,7 @@ def decode_step(step: pb.PlannedStep) -> StepPlan:
                 block_table=tuple(chunk.block_table),
                 draws=(_DRAWN_ELSEWHERE,) * chunk.draws,
                 drafts=chunk.drafts,
+                scored=(0,) * chunk.scored,
             )
             for chunk in step.chunks
         ),

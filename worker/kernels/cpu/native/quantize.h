@@ -29,6 +29,8 @@ struct Tiles {
 constexpr int kIntTile = 14;
 #elif defined(__AVX512F__)
 constexpr int kIntTile = 12;
+#elif defined(__AVX2__)
+constexpr int kIntTile = 6;
 #else
 constexpr int kIntTile = 4;
 #endif

@@ -74,12 +74,12 @@ def gumbel(word):
 def order_key(value):
     """float32 to uint32 in the same order, -0 as 0 and NaN above everything."""
     bits = (value + 0.0).to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) == 1, ~bits, bits | 0x80000000)
+    key = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(value != value, 0xFFFFFFFF, key).to(tl.uint32)
 
 
 @triton.jit
 def key_value(key):
     """The float32 that `order_key` made `key` of."""
-    bits = tl.where((key >> 31) == 1, key & 0x7FFFFFFF, ~key).to(tl.uint32)
+    bits = tl.where((key >> 31) == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.uint32)
     return bits.to(tl.float32, bitcast=True)

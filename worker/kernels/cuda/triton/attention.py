@@ -17,7 +17,7 @@ from torch import Tensor
 
 from worker.kernels.cuda.triton.arithmetic import decode_e4m3, dot
 from worker.kernels.cuda.triton.configs import architecture, launch, power_of_two, tiles
-from worker.kernels.cuda.triton.rope import E4M3, INT8, cache_format, codes
+from worker.kernels.cuda.triton.rope import E4M3, INT8, PLAIN, cache_format, codes
 from worker.kernels.interface import KVCache
 
 SPLIT = 512
@@ -404,7 +404,7 @@ def ragged_attention(
     sequences = tables.shape[0]
     coding, device = cache_format(cache), queries.device
     key_scales, value_scales, scale_strides = _scales(cache, scales)
-    shape = "wide" if queries.dtype == torch.float32 else "half"
+    shape = "wide" if queries.dtype == torch.float32 else "half" if coding == PLAIN.value else "coded"
     config = launch("ragged", shape, architecture(device))
     group_p2 = power_of_two(group)
     block_m = max(config["BLOCK_M"], group_p2)
