@@ -68,10 +68,15 @@ class WorkerConfig:
         help="Share of a GPU's memory that a rank may use. What weights and the largest step leave of it is for keys "
         "and values, unless kv_cache_mib or kv_blocks says how much.",
     )
-    attention: Literal["auto", "flash", "torch"] = setting(
+    attention: Literal["auto", "flash", "triton"] = setting(
         default="auto",
-        help="Of the cuda kernels: flash (flash-attn 2, 3 or 4), torch (slow), or auto: flash where there is one.",
-        type=click.Choice(["auto", "flash", "torch"]),
+        help="Of the cuda kernels: flash (flash-attn 2, 3 or 4), triton (our own), or auto: flash where there is one.",
+        type=click.Choice(["auto", "flash", "triton"]),
+    )
+    deterministic: bool = setting(
+        default=False,
+        help="Of the cuda kernels: results of a row don't depend on its batch, which takes time. Without, streams "
+        "can't move to another worker exactly. Kernels on CPUs are so always.",
     )
     cuda_graphs: bool = setting(default=True, help="Of the cuda kernels: record decode steps, and replay them.")
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
