@@ -81,7 +81,7 @@ def choose(gpu: Device, options: CudaOptions) -> tuple[CudaKernels, str]:
             why = str(error)
         else:
             why = "installed"
-    kernels = CudaKernels(gpu, TritonOps(), found, deterministic=options.deterministic)
+    kernels = CudaKernels(gpu, TritonOps(fixed=options.deterministic), found, deterministic=options.deterministic)
     return kernels, f"{gpu.name}, attention by {kernels.attention}: {why}"
 
 

@@ -1,4 +1,4 @@
-"""`Ops` in plain torch, for tests and for what has no kernel of its own: right, and slow. Decodes read no value on the
+"""`Ops` in plain torch, for tests: right, and slow. Decodes read no value on the
 host, so that they can be recorded; a draw brings its logits there, where the reference draws.
 """
 

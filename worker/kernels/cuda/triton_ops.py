@@ -6,15 +6,40 @@ import triton
 from torch import Tensor
 
 from worker.kernels.cuda.flash import Paged
-from worker.kernels.cuda.plain import PlainOps
-from worker.kernels.cuda.triton import decode_attention, ragged_attention, rms_norm, rope_and_cache, silu_mul
+from worker.kernels.cuda.ops import SamplingTensors
+from worker.kernels.cuda.triton import (
+    Codes,
+    Draws,
+    decode_attention,
+    linear,
+    ragged_attention,
+    rms_norm,
+    rope_and_cache,
+    sample,
+    silu_mul,
+)
 from worker.kernels.interface import KVCache
+from worker.kernels.quantized import QuantizedWeight
 
 
-class TritonOps(PlainOps):
-    """Implements `Ops`; products of quantized weights and draws are plain torch's."""
+class TritonOps:
+    """Implements `Ops`.
+
+    Args:
+        fixed: whether a row's bits must not depend on the number of rows.
+    """
 
     name = f"Triton {triton.__version__}"
+
+    def __init__(self, *, fixed: bool) -> None:
+        self._fixed = fixed
+
+    def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        return linear(x, Codes.of(weight), bias, out, fixed=self._fixed)
+
+    def sample(self, logits: Tensor, rows: SamplingTensors) -> Tensor:
+        draws = Draws(rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, rows.choice, rows.position)
+        return sample(logits, draws, greedy=rows.greedy, filtered=rows.filtered)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         return rms_norm(x, weight, eps, residual)
