@@ -69,7 +69,7 @@ def check_kernels(kernels: CudaKernels, dtype: torch.dtype) -> Iterator[Finding]
         found = kernels.embed(ids.to(device), prepared[0])
         yield Finding(f"embed {format_ or 'dense'}", relative(found, oracle.embed(ids, prepared[1])), near)
     norm, residual = random(512), random(40, 512)
-    normed, total = kernels.rms_norm(x.to(device), norm.to(device), 1e-6, residual.to(device))
+    normed, total = kernels.rms_norm(x.to(device), norm.to(device), 1e-6, residual.clone().to(device))
     wanted = oracle.rms_norm(x, norm, 1e-6, residual)
     yield Finding("rms_norm", max(relative(normed, wanted[0]), relative(total, wanted[1])), near)
     gate_up = random(40, 2 * 512)

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from importlib import resources
 
 from qwire import __version__
 
 MAX_ADDRESSES = 64
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
+RETRY_BUFFER_BYTES = 8 * 1024 * 1024
+"""Of a request, for gRPC to be able to send it again: larger ones are not retried. Routers take 4 MiB by default."""
+
 _MAX_RECEIVE_BYTES = 16 * 1024 * 1024
 _LOCAL_PREFIXES = ("unix:", "unix-abstract:", "127.", "localhost:", "[::1]:")
 
 
-def channel_options(address: str, extra: Sequence[tuple[str, int | str]] = ()) -> list[tuple[str, int | str]]:
-    """The gRPC channel arguments for `address`; those in `extra` come last and win."""
+def service_config(*, retries: bool = True) -> str:
+    """The published service config as JSON: what may be sent again, and that calls take turns over addresses.
+
+    Args:
+        retries: whether gRPC is to send calls again by itself. Where it isn't, addresses whose health isn't SERVING are
+            left out: with both, calls of grpcio 1.85 hung that were being tried again when the only address turned
+            NOT_SERVING.
+    """
+    text = resources.files("qwire").joinpath("service_config.json").read_text(encoding="utf-8")
+    if retries:
+        return text
+    config = json.loads(text)
+    for method in config["methodConfig"]:
+        del method["retryPolicy"]
+    config["healthCheckConfig"] = {"serviceName": "qwire.v1.GenerationService"}
+    return json.dumps(config)
+
+
+def channel_options(address: str) -> list[tuple[str, int | str]]:
+    """The gRPC channel arguments for `address`, whatever service is there."""
     options: list[tuple[str, int | str]] = [
         ("grpc.primary_user_agent", f"qwire/{__version__}"),
         ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
@@ -32,7 +55,23 @@ def channel_options(address: str, extra: Sequence[tuple[str, int | str]] = ()) -
     if address.startswith(_LOCAL_PREFIXES):
         # gRPC obeys http_proxy even for the loopback interface, where a proxy can only be in the way.
         options.append(("grpc.enable_http_proxy", 0))
-    return [*options, *extra]
+    return options
+
+
+def router_options(
+    address: str, extra: Sequence[tuple[str, int | str]] = (), *, retries: bool = True
+) -> list[tuple[str, int | str]]:
+    """The same for a router, with the published service config; those in `extra` win.
+
+    Args:
+        retries: gRPC sends calls again by itself; not where there is another router to go to at once.
+    """
+    options = [
+        *channel_options(address),
+        ("grpc.service_config", service_config(retries=retries)),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+    ]
+    return list((dict(options) | dict(extra)).items())  # of two with one name gRPC takes the first
 
 
 def address_list(address: str | Sequence[str]) -> list[str]:

@@ -1,8 +1,10 @@
 """When a call that failed is made again, at which router, and how long after.
 
 A stream that had begun goes on by `resume`, which nobody but a router's death makes necessary; everything else is sent
-again whole, for a call that ended UNAVAILABLE gave nothing to its caller. What a router refuses for a reason of its own
-isn't asked again and again: another router is asked once.
+again whole, for a call that ended UNAVAILABLE gave nothing to its caller. With one router that is gRPC's own business,
+by the published service config; with several, another is asked first. What a router refuses for a reason of its own
+isn't asked again and again: each other router is asked once, and under overload all of them a few times more, as late
+as they say.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from qwire.errors import QwireError, Reason
 
 MAX_TRIES = 5
 """Failures in a row, with nothing new between them, after which a call is given up."""
-MAX_TRIES_AT_ONE = 2
-"""The same for a call that hasn't begun, where there is but one router: perhaps there is none at all."""
+MAX_REFUSED_TRIES = 3
+"""The same for a call that overloaded routers refuse."""
 DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds before the next try by failures in a row. The first one at each other router is made at once."""
 
@@ -80,11 +82,15 @@ class Tries:
             return MAX_TRIES if code is grpc.StatusCode.UNAVAILABLE or refused or _is_slow(error) else 0
         if code is grpc.StatusCode.ALREADY_EXISTS and self._failures > 1:
             return MAX_TRIES  # the router has yet to notice that an earlier try is over
+        if self._routers == 1:
+            return 0  # gRPC has tried
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
+            return max(MAX_REFUSED_TRIES, self._routers - 1)
         if code is not grpc.StatusCode.UNAVAILABLE:
             return 0
         if error.reason and error.reason != Reason.DRAINING:
             return self._routers - 1
-        return MAX_TRIES if self._routers > 1 else MAX_TRIES_AT_ONE
+        return MAX_TRIES
 
 
 def _is_slow(error: QwireError) -> bool:

@@ -10,7 +10,7 @@ from typing import Protocol, Self, TypeVar, Unpack
 
 import grpc
 
-from qwire._channel import DEFAULT_ADDRESS, address_list, channel_options
+from qwire._channel import DEFAULT_ADDRESS, address_list, router_options
 from qwire._chat import MessageLike, ToolLike
 from qwire._request import (
     GenerateOptions,
@@ -166,8 +166,10 @@ class _Router:
         address: str,
         credentials: grpc.ChannelCredentials | None,
         options: Sequence[tuple[str, int | str]],
+        *,
+        alone: bool,
     ) -> None:
-        arguments = channel_options(address, options)
+        arguments = router_options(address, options, retries=alone)
         if credentials is None:
             self.channel = grpc.insecure_channel(address, options=arguments)
         else:
@@ -198,7 +200,8 @@ class Client:
         metadata: Sequence[tuple[str, str | bytes]] = (),
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
-        self._routers = [_Router(target, credentials, options) for target in address_list(address)]
+        targets = address_list(address)
+        self._routers = [_Router(target, credentials, options, alone=len(targets) == 1) for target in targets]
         self._turns = Turns(len(self._routers))
         self._metadata = tuple(metadata)
 

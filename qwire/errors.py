@@ -17,6 +17,8 @@ from google.rpc import error_details_pb2, status_pb2
 ERROR_DOMAIN = "qwire"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+DONT_RETRY = "-1"
+"""Its value where gRPC is to leave it."""
 
 # Peers refuse trailing metadata of more than 8 KiB (grpc.max_metadata_size) and then see none of it. The message is in
 # there twice, once percent-encoded, and the details travel as base64.
@@ -63,6 +65,8 @@ class Reason(StrEnum):
     """The tokenizer service can't be reached."""
     OVERLOADED = "OVERLOADED"
     """A limit on what runs or waits is reached; try again after `retry_after`."""
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
+    """The deadline would pass before the request's turn, as far as can be told; nothing was done for it."""
     SLOW_READER = "SLOW_READER"
     """The caller didn't read the stream while tokens piled up."""
     DEADLINE = "DEADLINE"
@@ -165,11 +169,17 @@ class QwireError(Exception):
         data: bytes = status.SerializeToString()
         return data
 
-    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """What a server sends along: the details, and the pushback that gRPC's own retries obey."""
+    def trailing_metadata(self, remaining: float | None = None) -> tuple[tuple[str, str | bytes], ...]:
+        """What a server sends along: the details, and the pushback that gRPC's own retries obey.
+
+        Args:
+            remaining: seconds until the call's deadline. Where it would pass first, gRPC is told not to try again, or
+                the caller would hear of the refusal only then.
+        """
         metadata: list[tuple[str, str | bytes]] = [(DETAILS_KEY, self.status_bytes())]
         if self.retry_after is not None:
-            metadata.append((PUSHBACK_KEY, str(round(self.retry_after * 1000))))
+            in_time = remaining is None or self.retry_after < remaining
+            metadata.append((PUSHBACK_KEY, str(round(self.retry_after * 1000)) if in_time else DONT_RETRY))
         return tuple(metadata)
 
 

@@ -161,7 +161,8 @@ class Stack:
         for index in range(config.workers):
             self._launch(f"worker-{index}", [*config.commands.worker, "serve", *model, *config.worker_flags])
         await self._until_ready(self._backends)
-        argv = [*config.commands.router, "serve", "--admin-listen", self.admin_address]
+        # Nobody balances over one router: there is no one to wait for when it stops.
+        argv = [*config.commands.router, "serve", "--admin-listen", self.admin_address, "--drain-delay", "0"]
         for service in self._backends:
             argv += ["--tokenizer" if service.name == "tokenizer" else "--worker", service.listen]
         self._router = self._run("router", [*argv, *config.router_flags], config.listen)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from functools import partial
 
 import click
 
@@ -21,6 +22,7 @@ from qwire.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from router.admission import Admission
 from router.block_index import MAX_WORKERS, BlockIndex
 from router.cache_index import CacheIndex
 from router.config import RouterConfig
@@ -29,6 +31,7 @@ from router.fleet import Fleet
 from router.generation import GenerationServicer
 from router.placement import POLICIES
 from router.tokenizer_link import TokenizerLink
+from router.vetting import objection
 from router.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,11 @@ async def serve(config: RouterConfig) -> int:
         for number, target in enumerate(config.worker)
     ]
     fleet = Fleet(links, config.worker_wait, POLICIES[config.placement])
-    generation = GenerationServicer(config, fleet, tokenizer)
+    admission = Admission(fleet, config.limits, config.tenant_limits, time.monotonic)
+    for link in links:
+        link.on_room = admission.serve_soon
+        link.object = partial(objection, digest=tokenizer.digest)
+    generation = GenerationServicer(config, fleet, admission, tokenizer)
 
     public = Server(
         Listener(config.listen, config.insecure_bind),
@@ -77,7 +84,7 @@ async def serve(config: RouterConfig) -> int:
         )
         admin.add(
             admin_pb2_grpc.add_AdminServiceServicer_to_server,
-            AdminServicer(fleet, lambda: generation.active_streams),
+            AdminServicer(fleet, admission, lambda: generation.active_streams),
             _name(admin_pb2, "AdminService"),
         )
         servers.append(admin)
@@ -85,7 +92,8 @@ async def serve(config: RouterConfig) -> int:
     background = [asyncio.create_task(link.run()) for link in links]
     background.append(asyncio.create_task(tokenizer.run()))
     background.append(asyncio.create_task(generation.flow.run()))
-    background.append(asyncio.create_task(_follow_health(fleet, servers, config.worker_wait)))
+    health = asyncio.create_task(_follow_health(fleet, servers, config.worker_wait))
+    background.append(health)
     stopping = asyncio.Event()
     broken: list[BaseException] = []
 
@@ -101,6 +109,10 @@ async def serve(config: RouterConfig) -> int:
     for server in servers:
         await server.start()
     await until_signal(stopping)
+    health.cancel()
+    for server in servers:
+        await server.leave()
+    await asyncio.sleep(config.drain_delay if not broken else 0)
     log.info("draining: %d streams have up to %g s", generation.active_streams, config.grace)
     await asyncio.gather(*(server.stop(config.grace) for server in servers))
     for task in background:

@@ -94,6 +94,11 @@ class Choice:
         """Whether more ids are wanted."""
         return not (self.complete or self.ended_at_worker)
 
+    @property
+    def generated(self) -> int:
+        """Ids that came in this call."""
+        return len(self.ids) - self._held_ids
+
     def resume(self, held: pb.ResumeChoice, end: worker_pb2.EndReason.ValueType) -> None:
         """Goes on where a client stands, before anything else was done with the choice.
 

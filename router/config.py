@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from qwire.service.config import ConfigError, setting, settings
+from router.admission import Limits
 from router.placement import POLICIES
 
 
@@ -22,7 +23,12 @@ class RouterConfig:
     fleet_secret: str = setting(
         default="", help="Shared by routers and workers of a fleet; keys cache scopes and resume tokens.", secret=True
     )
-    grace: float = setting(default=30.0, help="Seconds that running streams get when the router is told to stop.")
+    drain_delay: float = setting(
+        default=2.0,
+        help="Seconds between NOT_SERVING and the end of new calls when the router is told to stop: for clients and"
+        " balancers to go elsewhere.",
+    )
+    grace: float = setting(default=30.0, help="Seconds that running streams get after that.")
     worker_wait: float = setting(default=10.0, help="Seconds that a call waits for a worker when none is ready.")
     max_moves: int = setting(default=5, help="Workers that a stream may lose before it ends UNAVAILABLE.")
     placement: str = setting(
@@ -32,6 +38,22 @@ class RouterConfig:
         type=click.Choice(sorted(POLICIES)),
     )
     max_streams: int = setting(default=1024, help="Streams served at once; one more is refused RESOURCE_EXHAUSTED.")
+    max_queued: int = setting(
+        default=512, help="Requests that wait for room at a worker; one more is refused RESOURCE_EXHAUSTED."
+    )
+    max_queued_tokens: int = setting(
+        default=1024 * 1024, help="Prompt tokens of those, before tokenizing guessed from their bytes."
+    )
+    max_running: int = setting(default=1024, help="Requests at workers; more wait.")
+    max_running_tokens: int = setting(default=16 * 1024 * 1024, help="Prompt tokens of those.")
+    tenant_max_queued: int = setting(default=0, help="As max_queued, of one tenant; 0: no less than of all.")
+    tenant_max_queued_tokens: int = setting(
+        default=0, help="As max_queued_tokens, of one tenant; 0: no less than of all."
+    )
+    tenant_max_running: int = setting(default=0, help="As max_running, of one tenant; 0: no less than of all.")
+    tenant_max_running_tokens: int = setting(
+        default=0, help="As max_running_tokens, of one tenant; 0: no less than of all."
+    )
     max_request_bytes: int = setting(default=4 * 1024 * 1024, help="Size of a request message.")
     max_pending_tokens: int = setting(
         default=4096, help="Tokens held for a client that doesn't read before its stream ends."
@@ -61,9 +83,43 @@ class RouterConfig:
             raise ConfigError("--worker: at least one target is needed")
         if len(set(self.worker)) != len(self.worker):
             raise ConfigError("--worker: a target is named twice")
-        for name in ("grace", "worker_wait", "max_moves"):
+        for name in (
+            "grace",
+            "drain_delay",
+            "worker_wait",
+            "max_moves",
+            "tenant_max_queued",
+            "tenant_max_queued_tokens",
+            "tenant_max_running",
+            "tenant_max_running_tokens",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must not be negative")
-        for name in ("max_streams", "max_request_bytes", "max_pending_tokens", "write_timeout", "default_max_tokens"):
+        for name in (
+            "max_streams",
+            "max_queued",
+            "max_queued_tokens",
+            "max_running",
+            "max_running_tokens",
+            "max_request_bytes",
+            "max_pending_tokens",
+            "write_timeout",
+            "default_max_tokens",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
+
+    @property
+    def limits(self) -> Limits:
+        """Of all requests together."""
+        return Limits(self.max_queued, self.max_queued_tokens, self.max_running, self.max_running_tokens)
+
+    @property
+    def tenant_limits(self) -> Limits:
+        """Of each tenant's."""
+        return Limits(
+            self.tenant_max_queued or self.max_queued,
+            self.tenant_max_queued_tokens or self.max_queued_tokens,
+            self.tenant_max_running or self.max_running,
+            self.tenant_max_running_tokens or self.max_running_tokens,
+        )

@@ -11,13 +11,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 
 from qwire.errors import QwireError, Reason
 from qwire.v1 import worker_pb2 as pb
 from qwire.v1.generation_pb2 import Constraint
-from router.fleet import Fleet, Place, prefix_root
+from router.admission import Wanted
+from router.fleet import AllFull, Fleet, Place, prefix_root
 from router.journal import Journal, Lost, Why
 from router.worker_link import WorkerLink
 
@@ -62,16 +64,34 @@ class Work:
         return frozenset(feature for feature, needed in wanted.items() if needed)
 
 
-class Dispatch:
-    """Runs one request. `run` in a task of its own, and `release` however the stream ends."""
+class Turn(Protocol):
+    """A request's place in the queue."""
 
-    def __init__(self, work: Work, journal: Journal, fleet: Fleet, max_moves: int) -> None:
+    async def wait(self, wanted: Wanted) -> None:
+        """Returns at once where it has had its turn. Raises QwireError where it won't get one."""
+
+    def placed(self, uncached_tokens: int) -> None:
+        """A worker was sent it."""
+
+    def put_back(self) -> None:
+        """No worker had room for it after all."""
+
+
+class Dispatch:
+    """Runs one request. `run` in a task of its own, and `release` however the stream ends.
+
+    Args:
+        turn: what it waits for before its first worker. One that moves has had it.
+    """
+
+    def __init__(self, work: Work, journal: Journal, fleet: Fleet, max_moves: int, turn: Turn) -> None:
         self.numerics_id = work.numerics_id
         """That of the worker which has it; from its admission on that of those which may."""
         self._work = work
         self._journal = journal
         self._fleet = fleet
         self._max_moves = max_moves
+        self._turn = turn
         self._moved = False
         """Whether a worker has had it before."""
         self._faults = 0
@@ -107,6 +127,7 @@ class Dispatch:
             except QwireError as error:
                 refused[place.link] = error
                 continue
+            self._turn.placed(place.uncached_tokens)
             self._held = place.link, attempt
             lost = await self._journal.lost
             self._held = None
@@ -115,6 +136,8 @@ class Dispatch:
                 self._move(lost)
             elif lost.error.code is grpc.StatusCode.INVALID_ARGUMENT:
                 raise lost.error  # no other worker would take it either
+            elif lost.error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and not self._moved:
+                self._turn.put_back()  # others fill it too: until it says that it has room, it is passed over
             elif place.link.ready:
                 refused[place.link] = lost.error
             # else it drains: whoever is ready, or will be, may take the request.
@@ -126,30 +149,27 @@ class Dispatch:
         ids = work.prompt_ids
         if longest := max((choice.ids for choice in journal.choices if choice.needs_worker), key=len):
             ids = [*ids, *longest]
-        try:
-            place = await self._fleet.place(
-                work.model,
-                ids,
-                work.scope,
-                needs=work.needs,
-                bypass=work.bypass,
-                numerics_id=bound,
-                moved=self._moved,
-                refused=refused,
-            )
-        except QwireError as error:
-            if not work.best_effort or error.reason != Reason.NO_EQUIVALENT_WORKER:
-                raise
-            place = await self._fleet.place(
-                work.model,
-                ids,
-                work.scope,
-                needs=work.needs,
-                bypass=work.bypass,
-                moved=self._moved,
-                refused=refused,
-            )
-            journal.exact = False
+        while True:
+            if not self._moved:
+                await self._turn.wait(Wanted(work.model, work.needs, bound))
+            try:
+                place = await self._fleet.place(
+                    work.model,
+                    ids,
+                    work.scope,
+                    needs=work.needs,
+                    bypass=work.bypass,
+                    numerics_id=bound,
+                    moved=self._moved,
+                    refused=refused,
+                )
+                break
+            except AllFull:
+                self._turn.put_back()
+            except QwireError as error:
+                if not work.best_effort or error.reason != Reason.NO_EQUIVALENT_WORKER:
+                    raise
+                bound, journal.exact = "", False
         self.numerics_id = place.worker.model.numerics_id
         return place
 

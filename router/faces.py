@@ -17,6 +17,7 @@ from qwire.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from router.admission import Admission
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.tokenizer_link import TokenizerLink, relay
@@ -81,8 +82,9 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """AdminService: what this router sees."""
 
-    def __init__(self, fleet: Fleet, active_streams: Callable[[], int]) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, active_streams: Callable[[], int]) -> None:
         self._fleet = fleet
+        self._admission = admission
         self._active_streams = active_streams
 
     async def ListWorkers(
@@ -91,7 +93,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return admin_pb2.ListWorkersResponse(
             workers=[
                 admin_pb2.WorkerStatus(
-                    target=link.target, ready=link.ready, info=link.info, load=link.load, streams=link.streams
+                    target=link.target,
+                    ready=link.ready,
+                    info=link.info,
+                    load=link.load,
+                    streams=link.streams,
+                    kept_out=link.kept_out,
                 )
                 for link in sorted(self._fleet.links, key=lambda link: link.target)
             ]
@@ -112,6 +119,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             prompt_tokens=sum(link.load.prompt_tokens for link in links),
             cached_tokens=sum(link.load.cached_tokens for link in links),
             evictions=sum(link.load.evictions for link in links),
+            workers_kept_out=sum(bool(link.kept_out) for link in self._fleet.links),
+            requests_queued=self._admission.queued,
+            queued_tokens=self._admission.queued_tokens,
+            requests_refused=self._admission.refused,
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> NoReturn:

@@ -14,11 +14,11 @@ from qwire import prefix
 from qwire.errors import QwireError, Reason
 from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
+from router.admission import Wanted
 from router.block_index import BlockIndex, keys_of
 from router.placement import Candidate, Policy
 from router.worker_link import WorkerLink
 
-FULL_RETRY_SECONDS = 1.0
 NONE_REFUSED: Mapping[WorkerLink, QwireError] = MappingProxyType({})
 
 
@@ -30,6 +30,10 @@ class Place:
     worker: pb.WorkerInfo
     uncached_tokens: int
     """Prompt tokens that the worker has to compute, as far as the router knows: what the request counts there."""
+
+
+class AllFull(Exception):
+    """Every worker that could take a request has as many as it takes, or has refused it."""
 
 
 class Fleet:
@@ -70,11 +74,28 @@ class Fleet:
             await self._until_ready(lambda link: True)
         return self.model(name)
 
-    def refuse_if_full(self, model: str, needs: frozenset[pb.Feature.ValueType] = frozenset()) -> None:
-        """Raises QwireError RESOURCE_EXHAUSTED where every ready worker of a model has all that it takes."""
-        links = [link for link in self.links if link.ready and _serves(link, model, needs)]
-        if links and all(link.full for link in links):
-            raise _all_full()
+    def known_model(self, name: str) -> str:
+        """The name of the model that a request asks for; empty where that isn't known, or is nothing served."""
+        names = dict.fromkeys(link.info.model.name for link in self.links if link.info is not None)
+        if name:
+            return name if name in names else ""
+        return next(iter(names)) if len(names) == 1 else ""
+
+    def room(self, wanted: Wanted) -> int | None:
+        """Requests that its ready workers would still take; None where none is ready."""
+        links = [link for link in self.links if link.ready and _fits(link, wanted)]
+        return sum(link.room for link in links) if links else None
+
+    def prefill_seconds(self, model: str, tokens: float) -> float:
+        """How long its ready workers take to compute what they have and so many prompt tokens more; 0 if unknown."""
+        rate, pending = 0.0, tokens
+        for link in self.links:
+            if link.ready and link.info is not None and link.info.model.name == model:
+                if not link.load.prefill_tokens_per_second:
+                    return 0.0
+                rate += link.load.prefill_tokens_per_second
+                pending += link.pending_tokens
+        return pending / rate if rate else 0.0
 
     async def place(
         self,
@@ -101,19 +122,20 @@ class Fleet:
             refused: workers that have refused it, and how.
 
         Raises:
-            QwireError: UNAVAILABLE where none gets ready, RESOURCE_EXHAUSTED where all are full, or what the last of
-                those said that refused it where there are no others.
+            QwireError: UNAVAILABLE where none gets ready, or what the last of those said that refused it where there
+                are no others.
+            AllFull: none has room.
         """
 
+        asked = Wanted(model, needs, numerics_id)
+
         def wanted(link: WorkerLink) -> bool:
-            return _serves(link, model, needs) and (not numerics_id or _numerics(link) == numerics_id)
+            return _fits(link, asked)
 
         self._refuse_what_none_has(model, needs)
         await self._until_ready(wanted, equivalent=bool(numerics_id))
         if refused and all(link in refused for link in self.links if link.ready and wanted(link)):
             raise list(refused.values())[-1]
-        if not moved:
-            self.refuse_if_full(model, needs)
         open_links = {
             index: (link, link.info)
             for index, link in enumerate(self.links)
@@ -128,8 +150,8 @@ class Fleet:
             Candidate(index, link.streams, link.pending_tokens, info.max_running, cached.get(index, 0))
             for index, (link, info) in open_links.items()
         ]
-        if not candidates:  # those that are not full have refused it, or differ
-            raise _all_full()
+        if not candidates:
+            raise AllFull
         policy = self._policies.setdefault(model, self._policy())
         chosen = policy.choose(candidates, len(prompt_ids))
         link = self.links[chosen.index]
@@ -139,8 +161,8 @@ class Fleet:
 
     def _refuse_what_none_has(self, model: str, needs: frozenset[pb.Feature.ValueType]) -> None:
         """Raises QwireError where a model has workers, of another release perhaps, and none has all features."""
-        links = [link for link in self.links if _serves(link, model)]
-        if not links or any(_serves(link, model, needs) for link in links):
+        links = [link for link in self.links if _fits(link, Wanted(model))]
+        if not links or any(_fits(link, Wanted(model, needs)) for link in links):
             return
         had = {feature for link in links if link.info is not None for feature in link.info.features}
         lacking = sorted(needs - had) or sorted(needs)
@@ -173,22 +195,15 @@ class Fleet:
         return any(link.ready for link in self.links)
 
 
-def _all_full() -> QwireError:
-    return QwireError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "every worker of the model has as many requests as it takes",
-        reason=Reason.OVERLOADED,
-        retry_after=FULL_RETRY_SECONDS,
+def _fits(link: WorkerLink, wanted: Wanted) -> bool:
+    """Whether the worker serves the model and has what a request needs, now or when it was last linked."""
+    info = link.info
+    return (
+        info is not None
+        and info.model.name == wanted.model
+        and (not wanted.needs or wanted.needs <= set(info.features))
+        and (not wanted.numerics_id or info.model.numerics_id == wanted.numerics_id)
     )
-
-
-def _numerics(link: WorkerLink) -> str:
-    return link.info.model.numerics_id if link.info is not None else ""
-
-
-def _serves(link: WorkerLink, model: str, needs: frozenset[pb.Feature.ValueType] = frozenset()) -> bool:
-    """Whether the worker serves the model and has these features, now or when it was last linked."""
-    return link.info is not None and link.info.model.name == model and needs <= set(link.info.features)
 
 
 def prefix_root(worker: pb.WorkerInfo, scope: bytes) -> bytes:

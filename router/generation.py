@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 import grpc
 
 from qwire.errors import QwireError
+from qwire.ordering import MAX_PRIORITY, MIN_PRIORITY, Claim
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, resume_pb2, tokenizer_pb2, worker_pb2
 from router import resume
+from router.admission import Admission, Ticket
 from router.choice import OutputSpec
 from router.config import RouterConfig
 from router.dispatch import Dispatch, Work
@@ -32,6 +34,8 @@ from router.validation import Violations, check, check_prompt, resolve
 Context = grpc.aio.ServicerContext[Any, Any]
 
 PREVIOUS_ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
+BYTES_A_TOKEN = 4
+"""Of text, about: what a prompt counts before it is tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,10 @@ class _Prompt:
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Serves streams. One handler a stream holds everything that the stream owns, and gives it back however it ends."""
 
-    def __init__(self, config: RouterConfig, fleet: Fleet, tokenizer: TokenizerLink) -> None:
+    def __init__(self, config: RouterConfig, fleet: Fleet, admission: Admission, tokenizer: TokenizerLink) -> None:
         self._config = config
         self._fleet = fleet
+        self._admission = admission
         self._tokenizer = tokenizer
         self.flow = Flow()
         self._next_sequence = 1
@@ -86,6 +91,31 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """A stream's messages. `answer` is given what isn't in any of them, where the stream becomes one."""
         arrival, remaining = time.monotonic(), context.time_remaining()
         tenant = tenant_of(context.invocation_metadata())
+        claim = Claim(
+            tenant=tenant_key(self._config.fleet_secret, tenant),
+            priority=min(max(request.priority, MIN_PRIORITY), MAX_PRIORITY),
+            deadline=math.inf if remaining is None else arrival + remaining,
+            arrival=arrival,
+        )
+        # Before anything is computed for it: under overload most requests end here.
+        with self._admission.enter(
+            tenant, claim, _guess_tokens(request), self._fleet.known_model(request.model)
+        ) as ticket:
+            async with aclosing(self._admitted(request, context, tenant, claim, ticket, answer)) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _admitted(
+        self,
+        request: pb.GenerateRequest,
+        context: Context,
+        tenant: str,
+        claim: Claim,
+        ticket: Ticket,
+        answer: pb.GenerateOnceResponse | None,
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The stream of a request that may wait."""
+        arrival = claim.arrival
         check(request, self._config, once=answer is not None)
         resumed = None
         if request.HasField("resume"):
@@ -95,8 +125,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         again = resumed is not None or _was_sent_before(context)
         async with self._live.admit(tenant, request_id, again=again) as live:
             model = await self._fleet.find_model(request.model)
-            self._fleet.refuse_if_full(model.name)  # before anything is computed for it
             prompt = await self._prompt(request, resumed)
+            ticket.count(len(prompt.ids))
             check_prompt(request, prompt.ids, model, self._config)
             sampling, stop = resolve(request, len(prompt.ids), model, self._config, tenant)
             parameters = resume.digest(sampling, stop, request.output, request.constraint, model.eos_token_ids)
@@ -124,17 +154,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 scope=cache_scope(self._config.fleet_secret, tenant, request.prefix_cache.scope),
                 bypass=request.prefix_cache.bypass,
                 best_effort=request.continuity == pb.CONTINUITY_BEST_EFFORT,
-                tenant=tenant_key(self._config.fleet_secret, tenant),
-                priority=request.priority,
+                tenant=claim.tenant,
+                priority=claim.priority,
                 arrival=arrival,
-                deadline=math.inf if remaining is None else arrival + remaining,
+                deadline=claim.deadline,
                 numerics_id=resumed.numerics_id if resumed is not None else "",
                 constraint=request.constraint if request.HasField("constraint") else None,
                 prompt_logprobs=request.output.prompt_logprobs if request.output.HasField("prompt_logprobs") else None,
             )
             live.check()
-            dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves)
-            async with self._running(journal, dispatch, detokenized=spec.detokenized):
+            dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves, ticket)
+            async with self._running(journal, dispatch, ticket, detokenized=spec.detokenized):
                 if journal.needs_worker:
                     await journal.admitted
                 accepted = pb.Accepted(
@@ -161,7 +191,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     answer.prompt_logprobs.extend(journal.prompt_logprobs)
 
     @asynccontextmanager
-    async def _running(self, journal: Journal, dispatch: Dispatch, *, detokenized: bool) -> AsyncIterator[None]:
+    async def _running(
+        self, journal: Journal, dispatch: Dispatch, ticket: Ticket, *, detokenized: bool
+    ) -> AsyncIterator[None]:
         """Runs a request, and gives back all that it holds at worker and tokenizer when the stream ends."""
         if detokenized:
             self._tokenizer.open(journal)
@@ -172,6 +204,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             running.cancel()
             dispatch.release()
             self._tokenizer.release(journal)
+            ticket.charge(journal.generated_tokens)
 
     async def _prompt(self, request: pb.GenerateRequest, resumed: resume_pb2.ResumeState | None) -> _Prompt:
         match request.WhichOneof("input"):
@@ -204,6 +237,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         first = self._next_sequence
         self._next_sequence += count
         return range(first, self._next_sequence)
+
+
+def _guess_tokens(request: pb.GenerateRequest) -> int:
+    """Of a request's prompt, by its bytes, in no time."""
+    if request.WhichOneof("input") == "token_ids":
+        return max(1, len(request.token_ids.ids))
+    return max(1, request.ByteSize() // BYTES_A_TOKEN)
 
 
 def _was_sent_before(context: Context) -> bool:

@@ -182,6 +182,11 @@ class Journal:
         """Whether more ids are wanted of any choice."""
         return self._error is None and any(choice.needs_worker for choice in self.choices)
 
+    @property
+    def generated_tokens(self) -> int:
+        """Ids that workers generated for it in this call."""
+        return sum(choice.generated for choice in self.choices)
+
     def resume(self, held: Sequence[pb.ResumeChoice], ends: Sequence[worker_pb2.EndReason.ValueType]) -> None:
         """Goes on where a client stands; see `Choice.resume`. Before anything else is done with the journal."""
         for choice, has, end in zip(self.choices, held, ends, strict=True):

@@ -25,6 +25,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 OUTBOX_MESSAGES = 65_536
 """Messages that may wait before streams are failed. Closing a sequence is never refused: it was opened before."""
 RECONNECT_SECONDS = 0.1
+DIGEST_SECONDS = 1.0
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 SERVICE_CONFIG = json.dumps(
@@ -68,6 +69,17 @@ class TokenizerLink:
         self._journals: dict[int, Journal] = {}
         """By the sequences of their choices."""
         self._outbox: asyncio.Queue[pb.DetokenizeRequest | None] | None = None
+
+    async def digest(self, model: str) -> str | None:
+        """Of a model's tokenizer; empty where the service has no such model, None where it can't be asked."""
+        try:
+            call = self.stub.GetTokenizer(pb.GetTokenizerRequest(model=model), timeout=DIGEST_SECONDS)
+            async for message in call:
+                return message.info.digest
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return ""
+        return None
 
     async def run(self) -> None:
         """Opens the Detokenize stream, and again whenever it ends, until cancelled."""

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 
@@ -42,6 +42,10 @@ WORKER_REFUSED_RETRY_SECONDS = 1.0
 LOST_RETRY_SECONDS = 1.0
 
 
+class _KeptOut(Exception):
+    """The worker is not to be used; says why."""
+
+
 class WorkerLink:
     """The link to the worker at `target`. `run` keeps it up; `ready` says whether requests can be placed."""
 
@@ -64,7 +68,15 @@ class WorkerLink:
         self.ready = False
         self.changed = asyncio.Event()
         """Set, and replaced, whenever `ready` changes."""
+        self.on_room: Callable[[], None] = lambda: None
+        """Called whenever there may be room for another request, or `ready` has changed."""
+        self._saturated = False
+        """Whether the worker has refused one since it last reported its load: others fill it too."""
         self._down_since = time.monotonic()
+        self.kept_out = ""
+        """Why the worker there isn't used, if it isn't."""
+        self.object: Callable[[pb.WorkerInfo], Awaitable[str]] = _no_objection
+        """Says why a worker is to be kept out; empty if it isn't."""
         self._silent_looks = 0
         self._router_id = router_id
         self._detokenize = detokenize
@@ -85,9 +97,16 @@ class WorkerLink:
         return sum(self._uncomputed.values())
 
     @property
+    def room(self) -> int:
+        """How many more requests the worker takes, as far as the router knows."""
+        if self.info is None or self._saturated or self._outbox.qsize() >= OUTBOX_FRAMES:
+            return 0
+        return max(0, self.info.max_running + self.info.max_waiting - self.streams)
+
+    @property
     def full(self) -> bool:
         """Whether as many are placed here as the worker runs and lets wait."""
-        return self.info is not None and self.streams >= self.info.max_running + self.info.max_waiting
+        return self.info is not None and not self.room
 
     async def run(self) -> None:
         """Links, and links again, until cancelled."""
@@ -103,8 +122,12 @@ class WorkerLink:
                 watch = asyncio.create_task(self.cache.follow(stub))
                 try:
                     await self._serve(stub)
+                except _KeptOut as error:
+                    self._keep_out(str(error))
                 except grpc.aio.AioRpcError as error:
-                    if self.ready or failures == 0:
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        self._keep_out("it is no worker: it has another protocol")
+                    elif self.ready or failures == 0:
                         log.warning("link to %s ended: %s", self.target, error.code().name)
                 except TimeoutError:
                     if self.ready or failures == 0:
@@ -150,6 +173,7 @@ class WorkerLink:
     def _forget(self, attempt: int) -> Journal | None:
         """Drops an attempt and what it counts. Everything that ends one comes through here, or through `_lose`."""
         self._uncomputed.pop(attempt, None)
+        self.on_room()
         return self._journals.pop(attempt, None)
 
     def _drop_choice(self, attempt: int, choice: int) -> None:
@@ -167,6 +191,10 @@ class WorkerLink:
                 try:
                     async for frame in call:
                         self._silent_looks = 0
+                        if frame.HasField("welcome"):
+                            if why := await self.object(frame.welcome.info):
+                                raise _KeptOut(why)
+                            self.kept_out = ""
                         self._take(frame)
                 finally:
                     watch.cancel()
@@ -196,7 +224,7 @@ class WorkerLink:
                 if journal := self._journals.get(frame.prompt_logprobs.attempt):
                     journal.take_prompt_logprobs(frame.prompt_logprobs)
             case "heartbeat":
-                self.load = frame.heartbeat.load
+                self._take_load(frame.heartbeat.load)
                 if frame.heartbeat.draining:
                     self._set_ready(False)  # what runs there goes on
             case "welcome":
@@ -209,6 +237,8 @@ class WorkerLink:
             case "refused":
                 if frame.refused.reason == pb.REFUSED_REASON_DRAINING:
                     self._set_ready(False)
+                if frame.refused.reason == pb.REFUSED_REASON_QUEUE_FULL:
+                    self._saturated = True
                 if journal := self._forget(frame.refused.attempt):
                     journal.lose(Lost(Why.REFUSED, _refusal(frame.refused)))
             case "failed":
@@ -220,8 +250,14 @@ class WorkerLink:
             case unknown:
                 log.error("worker at %s sent a frame of no known kind: %s", self.target, unknown)
 
+    def _take_load(self, load: pb.Load) -> None:
+        self.load = load
+        if self._saturated and self.info is not None and load.waiting < self.info.max_waiting:
+            self._saturated = False
+            self.on_room()
+
     def _take_step(self, step: pb.Step) -> None:
-        self.load = step.load
+        self._take_load(step.load)
         requests: list[tokenizer_pb2.DetokenizeRequest] = []
         for sequence in step.sequences:
             if (journal := self._journals.get(sequence.attempt)) is not None:
@@ -229,6 +265,11 @@ class WorkerLink:
                 requests += journal.receive(sequence)
         if requests:
             self._detokenize(requests)
+
+    def _keep_out(self, why: str) -> None:
+        if why != self.kept_out:
+            log.error("the worker at %s is kept out: %s", self.target, why)
+        self.kept_out = why
 
     def _lose(self, suspects: frozenset[int] = frozenset()) -> None:
         """Gives up what was placed here.
@@ -247,8 +288,14 @@ class WorkerLink:
             self.ready = ready
             if not ready:
                 self._down_since = time.monotonic()
+            self._saturated = False
             self.changed.set()
             self.changed = asyncio.Event()
+            self.on_room()
+
+
+async def _no_objection(info: pb.WorkerInfo) -> str:
+    return ""
 
 
 def worker_lost() -> QwireError:

@@ -68,10 +68,15 @@ class WorkerConfig:
         help="Share of a GPU's memory that a rank may use. What weights and the largest step leave of it is for keys "
         "and values, unless kv_cache_mib or kv_blocks says how much.",
     )
-    attention: Literal["auto", "flash", "torch"] = setting(
+    attention: Literal["auto", "flash", "triton"] = setting(
         default="auto",
-        help="Of the cuda kernels: flash (flash-attn 2, 3 or 4), torch (slow), or auto: flash where there is one.",
-        type=click.Choice(["auto", "flash", "torch"]),
+        help="Of the cuda kernels: flash (flash-attn 2, 3 or 4), triton (our own), or auto: flash where there is one.",
+        type=click.Choice(["auto", "flash", "triton"]),
+    )
+    deterministic: bool = setting(
+        default=False,
+        help="Of the cuda kernels: results of a row don't depend on its batch, which takes time. Without, streams "
+        "can't move to another worker exactly. Kernels on CPUs are so always.",
     )
     cuda_graphs: bool = setting(default=True, help="Of the cuda kernels: record decode steps, and replay them.")
     max_step_tokens: int = setting(default=512, help="Tokens that one step computes.")
@@ -81,7 +86,9 @@ class WorkerConfig:
         "takes. 0 is twice what the sequences that decode take alone, at least 10.",
     )
     max_running: int = setting(default=64, help="Sequences that run at once.")
-    max_waiting: int = setting(default=256, help="Requests beyond max_running that wait; one more is refused.")
+    max_waiting: int = setting(
+        default=16, help="Requests beyond max_running that wait; one more is refused. The queue is the router's."
+    )
     speculation: int = setting(
         default=12,
         help="Tokens that a step guesses for a sequence at most, by looking up what followed where its last ones came "

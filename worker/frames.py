@@ -113,6 +113,7 @@ def load_frame(load: LoadReport, submits_seen: int) -> pb.Load:
         prompt_tokens=load.prompt_tokens,
         cached_tokens=load.cached_tokens,
         evictions=load.evictions,
+        prefill_tokens_per_second=load.prefill_tokens_per_second,
     )
 
 

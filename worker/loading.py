@@ -75,6 +75,7 @@ def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKer
     dtype = resolve_dtype(model, config.dtype)
     options = CudaOptions(
         index=group.rank,
+        deterministic=config.deterministic,
         attention=config.attention,
         dtype=dtype,
         kv_dtype=dtype if config.kv_dtype == "auto" else resolve_dtype(model, config.kv_dtype),

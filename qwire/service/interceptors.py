@@ -204,7 +204,7 @@ class _Guard:
         if not isinstance(error, QwireError):
             log.error("%s failed", self._method, exc_info=error)
             error = QwireError(grpc.StatusCode.INTERNAL, "the server failed; its log says more", reason=Reason.INTERNAL)
-        await context.abort(error.code, error.message, error.trailing_metadata())
+        await context.abort(error.code, error.message, error.trailing_metadata(context.time_remaining()))
 
 
 def unknown_fields(message: Message, path: str = "", budget: Iterator[int] | None = None) -> Iterator[str]:

@@ -145,6 +145,10 @@ class Server:
         for name in ("", *self._names):
             await self.health.set(name, status)
 
+    async def leave(self) -> None:
+        """Turns health NOT_SERVING for good, and serves on: whoever watches it goes elsewhere."""
+        await self.health.enter_graceful_shutdown()
+
     async def stop(self, grace: float) -> None:
         """Turns health NOT_SERVING, takes no new calls, gives running ones up to `grace` seconds, and ends."""
         await self.health.enter_graceful_shutdown()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from qwire.v1 import worker_pb2 as qwire_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14qwire/v1/admin.proto\x12\x08qwire.v1\x1a\x15qwire/v1/worker.proto\"\x14\n\x12ListWorkersRequest\">\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.qwire.v1.WorkerStatus\"\x80\x01\n\x0cWorkerStatus\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\"\n\x04info\x18\x03 \x01(\x0b\x32\x14.qwire.v1.WorkerInfo\x12\x1c\n\x04load\x18\x04 \x01(\x0b\x32\x0e.qwire.v1.Load\x12\x0f\n\x07streams\x18\x05 \x01(\r\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"\x0f\n\rDrainResponse\"9\n\x17\x46lushPrefixCacheRequest\x12\x13\n\x06target\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_target\"2\n\x18\x46lushPrefixCacheResponse\x12\x16\n\x0e\x62locks_removed\x18\x01 \x01(\x04\"\x11\n\x0fGetStateRequest\"\xa9\x02\n\x10GetStateResponse\x12\x16\n\x0e\x61\x63tive_streams\x18\x01 \x01(\r\x12\x15\n\rblocks_in_use\x18\x02 \x01(\x04\x12\x15\n\rblocks_cached\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\x04\x12\x18\n\x10requests_running\x18\x05 \x01(\x04\x12\x18\n\x10requests_waiting\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x08 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x15\n\rcached_tokens\x18\x0b \x01(\x04\x12\x11\n\tevictions\x18\x0c \x01(\x04\x32\xb2\x02\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.qwire.v1.ListWorkersRequest\x1a\x1d.qwire.v1.ListWorkersResponse\x12\x38\n\x05\x44rain\x12\x16.qwire.v1.DrainRequest\x1a\x17.qwire.v1.DrainResponse\x12Y\n\x10\x46lushPrefixCache\x12!.qwire.v1.FlushPrefixCacheRequest\x1a\".qwire.v1.FlushPrefixCacheResponse\x12\x41\n\x08GetState\x12\x19.qwire.v1.GetStateRequest\x1a\x1a.qwire.v1.GetStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14qwire/v1/admin.proto\x12\x08qwire.v1\x1a\x15qwire/v1/worker.proto\"\x14\n\x12ListWorkersRequest\">\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.qwire.v1.WorkerStatus\"\x92\x01\n\x0cWorkerStatus\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\"\n\x04info\x18\x03 \x01(\x0b\x32\x14.qwire.v1.WorkerInfo\x12\x1c\n\x04load\x18\x04 \x01(\x0b\x32\x0e.qwire.v1.Load\x12\x0f\n\x07streams\x18\x05 \x01(\r\x12\x10\n\x08kept_out\x18\x06 \x01(\t\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"\x0f\n\rDrainResponse\"9\n\x17\x46lushPrefixCacheRequest\x12\x13\n\x06target\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_target\"2\n\x18\x46lushPrefixCacheResponse\x12\x16\n\x0e\x62locks_removed\x18\x01 \x01(\x04\"\x11\n\x0fGetStateRequest\"\x8d\x03\n\x10GetStateResponse\x12\x16\n\x0e\x61\x63tive_streams\x18\x01 \x01(\r\x12\x15\n\rblocks_in_use\x18\x02 \x01(\x04\x12\x15\n\rblocks_cached\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\x04\x12\x18\n\x10requests_running\x18\x05 \x01(\x04\x12\x18\n\x10requests_waiting\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x08 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x15\n\rcached_tokens\x18\x0b \x01(\x04\x12\x11\n\tevictions\x18\x0c \x01(\x04\x12\x17\n\x0frequests_queued\x18\r \x01(\x04\x12\x15\n\rqueued_tokens\x18\x0e \x01(\x04\x12\x18\n\x10requests_refused\x18\x0f \x01(\x04\x12\x18\n\x10workers_kept_out\x18\x10 \x01(\r2\xb2\x02\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.qwire.v1.ListWorkersRequest\x1a\x1d.qwire.v1.ListWorkersResponse\x12\x38\n\x05\x44rain\x12\x16.qwire.v1.DrainRequest\x1a\x17.qwire.v1.DrainResponse\x12Y\n\x10\x46lushPrefixCache\x12!.qwire.v1.FlushPrefixCacheRequest\x1a\".qwire.v1.FlushPrefixCacheResponse\x12\x41\n\x08GetState\x12\x19.qwire.v1.GetStateRequest\x1a\x1a.qwire.v1.GetStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSRESPONSE']._serialized_start=79
   _globals['_LISTWORKERSRESPONSE']._serialized_end=141
   _globals['_WORKERSTATUS']._serialized_start=144
-  _globals['_WORKERSTATUS']._serialized_end=272
-  _globals['_DRAINREQUEST']._serialized_start=274
-  _globals['_DRAINREQUEST']._serialized_end=304
-  _globals['_DRAINRESPONSE']._serialized_start=306
-  _globals['_DRAINRESPONSE']._serialized_end=321
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=323
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=380
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=382
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=432
-  _globals['_GETSTATEREQUEST']._serialized_start=434
-  _globals['_GETSTATEREQUEST']._serialized_end=451
-  _globals['_GETSTATERESPONSE']._serialized_start=454
-  _globals['_GETSTATERESPONSE']._serialized_end=751
-  _globals['_ADMINSERVICE']._serialized_start=754
-  _globals['_ADMINSERVICE']._serialized_end=1060
+  _globals['_WORKERSTATUS']._serialized_end=290
+  _globals['_DRAINREQUEST']._serialized_start=292
+  _globals['_DRAINREQUEST']._serialized_end=322
+  _globals['_DRAINRESPONSE']._serialized_start=324
+  _globals['_DRAINRESPONSE']._serialized_end=339
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=341
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=398
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=400
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=450
+  _globals['_GETSTATEREQUEST']._serialized_start=452
+  _globals['_GETSTATEREQUEST']._serialized_end=469
+  _globals['_GETSTATERESPONSE']._serialized_start=472
+  _globals['_GETSTATERESPONSE']._serialized_end=869
+  _globals['_ADMINSERVICE']._serialized_start=872
+  _globals['_ADMINSERVICE']._serialized_end=1178
 # @@protoc_insertion_point(module_scope)

@@ -65,12 +65,15 @@ class WorkerStatus(_message.Message):
     INFO_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
+    KEPT_OUT_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     """What the router dials."""
     ready: _builtins.bool
     """Whether requests can be placed there."""
     streams: _builtins.int
     """Streams that this router has placed there."""
+    kept_out: _builtins.str
+    """Why the worker there is not used, for people: it has another model, tokenizer or protocol. Empty if it isn't so."""
     @_builtins.property
     def info(self) -> _worker_pb2.WorkerInfo:
         """What the worker said of itself; unset until it has."""
@@ -87,10 +90,11 @@ class WorkerStatus(_message.Message):
         info: _worker_pb2.WorkerInfo | None = ...,
         load: _worker_pb2.Load | None = ...,
         streams: _builtins.int = ...,
+        kept_out: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load", "ready", b"ready", "streams", b"streams", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "kept_out", b"kept_out", "load", b"load", "ready", b"ready", "streams", b"streams", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,6 +207,10 @@ class GetStateResponse(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    REQUESTS_QUEUED_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    REQUESTS_REFUSED_FIELD_NUMBER: _builtins.int
+    WORKERS_KEPT_OUT_FIELD_NUMBER: _builtins.int
     active_streams: _builtins.int
     """Streams that this router is serving."""
     blocks_in_use: _builtins.int
@@ -225,6 +233,14 @@ class GetStateResponse(_message.Message):
     cached_tokens: _builtins.int
     evictions: _builtins.int
     """How often blocks that held cached prefixes were given to other uses, over all workers since they started."""
+    requests_queued: _builtins.int
+    """Requests that wait in this router's queue, their prompts' tokens, and how many it has refused since it started
+    because a limit was reached or a deadline couldn't be met.
+    """
+    queued_tokens: _builtins.int
+    requests_refused: _builtins.int
+    workers_kept_out: _builtins.int
+    """Workers that are kept out now: see WorkerStatus."""
     def __init__(
         self,
         *,
@@ -240,10 +256,14 @@ class GetStateResponse(_message.Message):
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        requests_queued: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        requests_refused: _builtins.int = ...,
+        workers_kept_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "active_streams", b"active_streams", "blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "queued_tokens", b"queued_tokens", "requests_queued", b"requests_queued", "requests_refused", b"requests_refused", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "workers_kept_out", b"workers_kept_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

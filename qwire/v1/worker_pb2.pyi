@@ -921,6 +921,7 @@ class Load(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     waiting_prefill_tokens: _builtins.int
@@ -944,6 +945,8 @@ class Load(_message.Message):
     cached_tokens: _builtins.int
     evictions: _builtins.int
     """How often a block that held a cached prefix was given to another use since the worker started."""
+    prefill_tokens_per_second: _builtins.float
+    """How fast prompts are computed, as measured over the last of them; 0 while nothing was measured."""
     def __init__(
         self,
         *,
@@ -960,10 +963,11 @@ class Load(_message.Message):
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        prefill_tokens_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "evictions", b"evictions", "preemptions", b"preemptions", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prompt_tokens", b"prompt_tokens", "running", b"running", "submits_seen", b"submits_seen", "waiting", b"waiting", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -170,7 +170,7 @@ def test_a_call_that_finds_no_router_goes_to_the_next(server: FakeServer, read: 
 def test_an_earlier_try_may_live_on_for_a_moment(server: FakeServer, read: Callable[..., Outcome]) -> None:
     duplicate = QwireError(grpc.StatusCode.ALREADY_EXISTS, "live", reason=Reason.DUPLICATE_REQUEST_ID)
     server.scripts = [[CUT], [duplicate]]
-    assert read(server.address, request_id="r1").generation.text == "Héllo!"
+    assert read([server.address, server.address], request_id="r1").generation.text == "Héllo!"
     server.scripts = [[duplicate]]
     assert read(server.address, request_id="r1").error is not None
 
@@ -242,3 +242,32 @@ def test_where_and_when_the_next_try_is() -> None:
     hurried.begun = True
     assert hurried.after(later) is None  # its time is over by then
     assert len(DELAYS) == MAX_TRIES
+
+
+def test_one_router_is_asked_again_by_grpc_as_the_published_config_says(
+    server: FakeServer, read: Callable[..., Outcome]
+) -> None:
+    refused = QwireError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason=Reason.OVERLOADED, retry_after=0.05)
+    server.scripts = [[refused], [refused]]
+    outcome = read(server.address)
+    assert (outcome.error, outcome.generation.text) == (None, "Héllo!")
+    assert len(server.requests) == 3
+    assert [metadata.get("grpc-previous-rpc-attempts") for metadata in server.metadata] == [None, "1", "2"]
+
+
+def test_several_routers_are_asked_in_turn_while_they_are_full(
+    server: FakeServer, other: FakeServer, read: Callable[..., Outcome]
+) -> None:
+    refused = QwireError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason=Reason.OVERLOADED, retry_after=0.05)
+    server.scripts, other.scripts = [[refused], [refused]], [[refused]]
+    outcome = read([server.address, other.address])
+    assert (outcome.error, outcome.generation.text) == (None, "Héllo!")
+    assert (len(server.requests), len(other.requests)) == (2, 2)
+    assert "grpc-previous-rpc-attempts" not in other.metadata[-1]
+
+
+def test_a_request_of_the_largest_size_is_sent_again(server: FakeServer) -> None:
+    server.scripts = [[CUT]]
+    with Client(server.address) as client:
+        assert client.generate("x" * (3 << 20)).read().text == "Héllo!"
+    assert len(server.requests) == 2

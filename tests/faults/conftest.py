@@ -56,7 +56,8 @@ def references(pair: RunningStack) -> Iterator[References]:
 
 @pytest.fixture(scope="module")
 def mixed(references: References) -> list[Options]:
-    """Requests of every kind that has state to rebuild: greedy, seeded, choices, penalties, stop strings, a text."""
+    """Requests of every kind that has state to rebuild: greedy, seeded, choices, penalties, stop strings, a text,
+    constraints."""
     long: Options = {"max_tokens": TOKENS, "ignore_eos": True}
     free = {"token_ids": [9, 8, 7], "seed": 3, "temperature": 1.0, **long}
     text = references.of(free).text[0]

@@ -34,7 +34,7 @@ def alone(tiny_model: Path) -> Iterator[RunningStack]:
 
 
 def test_the_only_worker_is_killed(alone: RunningStack) -> None:
-    with Client(alone.address) as client:
+    with Client(alone.address, options=[("grpc.enable_retries", 0)]) as client:  # or gRPC waits for the worker
         stream = client.generate(token_ids=[1], max_tokens=3000, ignore_eos=True)
         queued = client.generate(token_ids=[2], max_tokens=3000, ignore_eos=True)
         once = client.generate(token_ids=[3], max_tokens=3, ignore_eos=True, temperature=0).read()

@@ -12,6 +12,7 @@ import pytest
 from qwire.errors import QwireError, Reason
 from qwire.v1 import generation_pb2, models_pb2
 from qwire.v1 import worker_pb2 as pb
+from router.admission import Wanted
 from router.choice import OutputSpec
 from router.dispatch import Dispatch, Work
 from router.fleet import Fleet
@@ -30,6 +31,25 @@ def make_link(number: int, numerics: str = "x") -> WorkerLink:
     return link
 
 
+class Queue:
+    """A queue with one place, whose turn comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.wanted: list[Wanted] = []
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def wait(self, wanted: Wanted) -> None:
+        self.wanted.append(wanted)
+        await self.open.wait()
+
+    def placed(self, uncached_tokens: int) -> None:
+        pass
+
+    def put_back(self) -> None:
+        self.open.clear()
+
+
 class Stream:
     """One request over some links, whose workers the test plays."""
 
@@ -37,10 +57,11 @@ class Stream:
         self, *links: WorkerLink, choices: int = 1, wait: float = 0.0, moves: int = 5, best_effort: bool = False
     ) -> None:
         self.links = links
+        self.queue = Queue()
         spec = OutputSpec(generation_pb2.StopOptions(max_tokens=99), False, True, 4096)
         self.journal = Journal(spec, range(choices), 3, 0.0, lambda: 1.0)
         work = Work("m", [1, 2, 3], pb.ResolvedParams(seed=7), b"s" * 16, False, best_effort, time.monotonic())
-        self.dispatch = Dispatch(work, self.journal, Fleet(list(links), wait, POLICIES["prefix"]), moves)
+        self.dispatch = Dispatch(work, self.journal, Fleet(list(links), wait, POLICIES["prefix"]), moves, self.queue)
         self.task = asyncio.create_task(self.dispatch.run())
         TASKS.add(self.task)
 
@@ -136,15 +157,38 @@ async def test_choices_that_are_done_are_not_sent_along_and_a_stream_that_is_don
     assert len(await stream.journal.next_messages()) == 6
 
 
-async def test_a_full_worker_is_passed_over_and_the_client_hears_of_it_only_where_all_are() -> None:
+async def test_what_full_workers_refuse_waits_until_one_has_room() -> None:
     stream = Stream(make_link(0), make_link(1))
     first, submit = await stream.submitted()
     refuse(first, submit, pb.REFUSED_REASON_QUEUE_FULL)
+    assert (first.room, first.full) == (0, True)
+    await asyncio.sleep(0)
+    stream.queue.open.set()
     second, again = await stream.submitted()
     assert (second is not first, again.moved) == (True, False)
     refuse(second, again, pb.REFUSED_REASON_QUEUE_FULL)
-    error = await stream.error()
-    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVERLOADED)
+    for _ in range(3):
+        await asyncio.sleep(0)
+        stream.queue.open.set()  # its turn comes, and there is no room after all
+    assert not stream.task.done()
+    first._take(pb.ServeResponse(heartbeat=pb.Heartbeat(load=pb.Load(waiting=4))))
+    assert first.full
+    first._take(pb.ServeResponse(heartbeat=pb.Heartbeat(load=pb.Load(waiting=3))))
+    assert first.room == 8
+    stream.queue.open.set()
+    third, _ = await stream.submitted()
+    assert third is first
+    assert stream.queue.wanted[0] == Wanted("m")
+
+
+async def test_a_stream_that_moves_needs_no_turn() -> None:
+    stream = Stream(make_link(0), make_link(1))
+    first, submit = await stream.submitted()
+    admit(first, submit)
+    stream.queue.open.clear()
+    first._lose()
+    _, again = await stream.submitted()
+    assert (again.moved, len(stream.queue.wanted)) == (True, 1)
 
 
 async def test_a_draining_worker_is_waited_out() -> None:

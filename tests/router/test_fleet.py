@@ -13,10 +13,11 @@ from qwire.errors import QwireError, Reason
 from qwire.v1 import generation_pb2, models_pb2
 from qwire.v1 import worker_pb2 as pb
 from router import fleet
+from router.admission import Wanted
 from router.block_index import BlockIndex
 from router.cache_index import CacheIndex
 from router.choice import OutputSpec
-from router.fleet import Fleet
+from router.fleet import AllFull, Fleet
 from router.journal import Journal
 from router.placement import POLICIES
 from router.worker_link import WorkerLink
@@ -176,25 +177,42 @@ async def test_workers_that_are_not_ready_or_full_or_of_another_model_are_no_can
             assert place.link is free
 
 
-async def test_all_full_is_refused_before_and_at_placement_and_none_ready_is_not_full() -> None:
+async def test_room_is_what_ready_workers_still_take_and_none_ready_is_not_full() -> None:
     links = [make_link(n, running=1, waiting=1) for n in range(2)]
     fleet = make_fleet(*links)
-    for _ in range(4):
-        fleet.refuse_if_full("m")
+    for left in (4, 3, 2, 1):
+        assert fleet.room(Wanted("m")) == left
         await put(fleet)
     assert [link.streams for link in links] == [2, 2]
-    with pytest.raises(QwireError) as caught:
-        fleet.refuse_if_full("m")
-    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVERLOADED)
-    assert caught.value.retry_after
-    with pytest.raises(QwireError):
+    assert fleet.room(Wanted("m")) == 0
+    with pytest.raises(AllFull):
         await fleet.place("m", PROMPT, SCOPE)
+    assert (await fleet.place("m", PROMPT, SCOPE, moved=True)).link in links
     for link in links:
         link.ready = False
-    fleet.refuse_if_full("m")
+    assert fleet.room(Wanted("m")) is None
+    assert fleet.room(Wanted("n")) is None
     with pytest.raises(QwireError) as caught:
         await fleet.place("m", PROMPT, SCOPE)
     assert caught.value.reason == Reason.NO_WORKER
+
+
+async def test_what_there_is_to_compute_takes_as_long_as_workers_say_that_it_does() -> None:
+    links = [make_link(n) for n in range(2)]
+    fleet = make_fleet(*links)
+    assert fleet.prefill_seconds("m", 1000) == 0  # nothing was measured
+    for link, rate in zip(links, (100, 300), strict=True):
+        link._take(pb.ServeResponse(heartbeat=pb.Heartbeat(load=pb.Load(prefill_tokens_per_second=rate))))
+    await put(fleet)
+    assert fleet.prefill_seconds("m", 900) == (100 + 900) / 400
+    links[1].ready = False
+    assert fleet.prefill_seconds("m", 100) == 2
+
+
+def test_a_model_is_known_by_its_name_or_as_the_only_one() -> None:
+    fleet = make_fleet(make_link(0), make_link(1))
+    assert [fleet.known_model(name) for name in ("", "m", "n")] == ["m", "m", ""]
+    assert make_fleet(make_link(0), make_link(1, model="n")).known_model("") == ""
 
 
 async def test_turns_of_one_model_are_not_taken_by_another() -> None:

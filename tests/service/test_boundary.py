@@ -123,6 +123,10 @@ async def test_typed_errors_arrive_whole(channel: grpc.aio.Channel) -> None:
     )
     metadata = await call.trailing_metadata()
     assert dict(metadata)["grpc-retry-pushback-ms"] == "1500"
+    # Where the deadline passes first, gRPC is not to wait for it.
+    call = raw_unary(channel, "/qwire.v1.ModelService/GetModel")(b"", timeout=1.2)
+    assert (await error_of(call)).retry_after == 1.5
+    assert dict(await call.trailing_metadata())["grpc-retry-pushback-ms"] == "-1"
 
 
 async def test_a_reader_that_stops_reading_is_cut_off(channel: grpc.aio.Channel) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import grpc
 import pytest
 
 from qwire import Client, QwireError
-from tests.helpers.stacks import RunningStack, eventually, running_stack
+from tests.helpers.stacks import RunningStack, eventually
 
 
 def test_a_client_that_cancels_mid_stream(tiny: RunningStack, client: Client) -> None:
@@ -46,22 +45,6 @@ def test_a_client_that_goes_away(tiny: RunningStack) -> None:
         assert tiny.state().active_streams == 16
     assert eventually(lambda: tiny.state().active_streams == 0, 2)
     assert eventually(lambda: tiny.state().blocks_in_use == before, 1)
-
-
-def test_a_deadline_in_the_queue(tiny_model: Path) -> None:
-    with (
-        running_stack(tiny_model, "tiny", worker_flags=("--max-running", "1")) as narrow,
-        narrow.client() as client,
-    ):
-        first = client.generate(token_ids=[1] * 10, max_tokens=3000, ignore_eos=True)
-        next(first)
-        for timeout in (0.5, 1e-6):  # the second has passed before anyone could start
-            with pytest.raises(QwireError) as caught:
-                client.generate(token_ids=[2] * 10, max_tokens=5, timeout=timeout).read()
-            assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert eventually(lambda: narrow.state().requests_waiting == 0, 1)
-        first.cancel()
-        assert eventually(lambda: narrow.state().blocks_in_use == 0, 1)
 
 
 def test_a_deadline_in_decode(tiny: RunningStack, client: Client) -> None:

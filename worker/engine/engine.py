@@ -80,6 +80,8 @@ class LoadReport:
     """Those of them that were found in the prefix cache."""
     evictions: int
     """Blocks with a cached prefix that were given to another use."""
+    prefill_tokens_per_second: float
+    """0 while nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,22 @@ class _Pace:
     def seconds(self, tokens: int) -> float:
         """0 for no tokens; infinite while nothing was measured."""
         return max(tokens, self._LEAST_TOKENS) * self._per_token if tokens else 0.0
+
+
+class _PrefillRate:
+    """How fast prompts are computed: a moving average over steps that consist mostly of them."""
+
+    _LEAST_TOKENS = 64
+    _WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+
+    def take(self, tokens: int, seconds: float) -> None:
+        if tokens >= self._LEAST_TOKENS and seconds > 0:
+            measured = tokens / seconds
+            weight = self._WEIGHT if self.tokens_per_second else 1.0
+            self.tokens_per_second += weight * (measured - self.tokens_per_second)
 
 
 @dataclass(slots=True)
@@ -170,6 +188,7 @@ class Engine:
         self._executing: list[SequenceState] = []
         self._executing_tokens = 0
         self._pace = _Pace()
+        self._prefill_rate = _PrefillRate()
         self._failed: list[Hashable] = []
         """Requests of which a choice has failed in the step that runs."""
         self._aborted_some = False
@@ -195,7 +214,9 @@ class Engine:
         with self._wake:
             # Not by who waits now: of a burst on an idle worker all do until its next step.
             limit = self._max_requests + (MOVED_REQUESTS if request.moved else 0)
-            if len(self._requests) + len(self._inbox.submits) >= limit:
+            # What was aborted leaves with the next step, and its place is free.
+            leaving = sum(choice is None and key in self._requests for key, choice in self._inbox.aborts)
+            if len(self._requests) - leaving + len(self._inbox.submits) >= limit:
                 raise QueueFull
             self._inbox.submits.append((request, self._clock()))
             self._wake.notify()
@@ -264,6 +285,8 @@ class Engine:
         if all(len(chunk.token_ids) == 1 + chunk.drafts for chunk in scheduled.plan.chunks):
             self.scheduler.speculation.timed(self._executing_tokens, seconds)
         self.scheduler.cost.take(StepShape.of(scheduled.plan.chunks), seconds)
+        prompts = [chunk for chunk in scheduled.plan.chunks if len(chunk.token_ids) > 1 + chunk.drafts]
+        self._prefill_rate.take(sum(len(chunk.token_ids) for chunk in prompts), seconds)
         self._step_started, self._executing, self._executing_tokens = None, [], 0
         self.steps += 1
         reports = []
@@ -367,6 +390,7 @@ class Engine:
             prompt_tokens=self.scheduler.prompt_tokens,
             cached_tokens=self.scheduler.cached_tokens,
             evictions=self.pool.evictions,
+            prefill_tokens_per_second=self._prefill_rate.tokens_per_second,
         )
 
     def _run(self) -> None:

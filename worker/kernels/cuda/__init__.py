@@ -1,8 +1,8 @@
 """The backend for NVIDIA GPUs: cuBLAS for products of 16 bits, flash-attn for attention where it is installed, and
-`Ops` for all else.
+our own kernels in Triton for what else a step needs.
 
-No machine that this was written on had a GPU: the parts are tested on CPUs, and by stand-ins with flash-attn's
-signatures.
+No machine that this was written on had a GPU: the parts are tested on CPUs, by stand-ins with flash-attn's signatures
+and by Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from worker.kernels.cuda.device import CudaError, Device, open_device
 from worker.kernels.cuda.flash import FlashAttention, FlashError
 from worker.kernels.cuda.logits import edit_logits
 from worker.kernels.cuda.ops import Ops, SamplingTensors
-from worker.kernels.cuda.plain import PlainOps
 from worker.kernels.cuda.staging import Staging
 from worker.kernels.interface import (
     KVCache,
@@ -36,8 +35,8 @@ from worker.kernels.reference.logits import logprobs
 
 __all__ = ["ATTENTIONS", "Attention", "CudaError", "CudaKernels", "CudaOptions", "open_device", "open_kernels"]
 
-Attention = Literal["auto", "flash", "torch"]
-ATTENTIONS: tuple[Attention, ...] = ("auto", "flash", "torch")
+Attention = Literal["auto", "flash", "triton"]
+ATTENTIONS: tuple[Attention, ...] = ("auto", "flash", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +63,16 @@ def open_kernels(options: CudaOptions) -> tuple[CudaKernels, str]:
 
 def choose(gpu: Device, options: CudaOptions) -> tuple[CudaKernels, str]:
     """`open_kernels` on a given device."""
-    ops = PlainOps()
-    if options.deterministic:
-        raise CudaError("attention whose sums don't follow the batch takes kernels of our own, which aren't there yet")
+    try:
+        from worker.kernels.cuda.triton_ops import TritonOps  # CPU builds of torch bring no Triton
+    except ImportError as error:
+        raise CudaError(f"Triton, which the CUDA builds of torch bring, cannot be imported ({error})") from error
     found, why = None, "asked for"
-    if options.attention != "torch":
+    if options.deterministic:
+        if options.attention == "flash":
+            raise CudaError("flash-attn's sums follow the batch: --deterministic goes with Triton's attention")
+        why = "deterministic"
+    elif options.attention != "triton":
         try:
             found = flash.find(gpu.capability, options.dtype, options.kv_dtype, options.head_dim)
         except FlashError as error:
@@ -77,7 +81,7 @@ def choose(gpu: Device, options: CudaOptions) -> tuple[CudaKernels, str]:
             why = str(error)
         else:
             why = "installed"
-    kernels = CudaKernels(gpu, ops, found, deterministic=options.deterministic)
+    kernels = CudaKernels(gpu, TritonOps(fixed=options.deterministic), found, deterministic=options.deterministic)
     return kernels, f"{gpu.name}, attention by {kernels.attention}: {why}"
 
 

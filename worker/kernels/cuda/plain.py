@@ -1,5 +1,5 @@
-"""`Ops` in plain torch: right, and slow. Decodes read no value on the host, so that they can be
-recorded; a draw brings its logits there, where the reference draws.
+"""`Ops` in plain torch, for tests: right, and slow. Decodes read no value on the
+host, so that they can be recorded; a draw brings its logits there, where the reference draws.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""Steps by our own kernels in Triton's interpreter: the tokens of the reference, and in deterministic mode the same
+bits for a row whatever its batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.helpers.interpreter  # noqa: F401 - before Triton is imported
+from tests.helpers.cuda import CpuDevice, Rerun
+from tests.helpers.models import write_random_qwen3
+from tests.helpers.steps import chunk, greedy, plan, table
+from worker.kernels import ReferenceKernels
+from worker.kernels.cuda import CudaError, CudaKernels, CudaOptions, choose
+from worker.runner import TorchRunner
+from worker.runner.cuda import CudaRunner, CudaSettings
+
+PROMPT = [(7 * i) % 128 for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_qwen3(
+        tmp_path_factory.mktemp("model"), layers=1, heads=2, kv_heads=1, head_dim=16, hidden=32, vocab=128
+    )
+
+
+def kernels(**options: bool) -> CudaKernels:
+    chosen, why = choose(
+        CpuDevice(Rerun), CudaOptions(attention="auto", dtype=torch.float32, kv_dtype=torch.float32, **options)
+    )
+    assert "attention by Triton" in why
+    return chosen
+
+
+def test_tokens_are_the_references(folder: Path) -> None:
+    expected = greedy(TorchRunner(folder, num_blocks=2, kernels=ReferenceKernels()), PROMPT, 4, [0, 1])
+    runner = CudaRunner(folder, kernels=kernels(), settings=CudaSettings(max_running=1), num_blocks=2)
+    runner.make_ready()
+    assert greedy(runner, PROMPT, 4, [0, 1]) == expected
+
+
+def test_a_rows_bits_in_deterministic_mode(folder: Path) -> None:
+    runner = CudaRunner(folder, kernels=kernels(deterministic=True), settings=CudaSettings(graphs=False), num_blocks=4)
+    runner.make_ready()
+    whole = runner.forward_logits(plan(chunk(PROMPT, 0, table(0, 12, 16))))
+    first = runner.forward_logits(plan(chunk(PROMPT[:5], 0, [2]), chunk(PROMPT[:3], 0, [3])))
+    rest = [
+        runner.forward_logits(plan(chunk(PROMPT[5:9], 5, [2]), chunk(PROMPT[3:4], 3, [3]))),
+        *(runner.forward_logits(plan(chunk(PROMPT[at : at + 1], at, [2]))) for at in range(9, 12)),
+    ]
+    assert torch.equal(torch.cat((first[:5], rest[0][:4], *rest[1:])), whole)
+    assert runner.kernels.batch_invariant
+
+
+def test_deterministic_attention_is_our_own() -> None:
+    with pytest.raises(CudaError, match="--deterministic goes with Triton's attention"):
+        choose(CpuDevice(Rerun), CudaOptions(deterministic=True, attention="flash"))
