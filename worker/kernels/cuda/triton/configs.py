@@ -1,8 +1,8 @@
 """How kernels are launched: tile sizes, warps and stages, from a table that ships with the code.
 
 Nothing is tuned while requests are served: `tables.json` names, for each kernel, architecture and class of shapes, one
-launch. Its numbers were chosen for registers and shared memory (`scripts.triton_kernels` says what each takes); none has
-been timed on a GPU.
+launch. Its numbers were chosen for registers and shared memory (`scripts.triton_kernels` says what each takes); none
+has been timed on a GPU.
 """
 
 from __future__ import annotations
