@@ -166,15 +166,15 @@ def test_a_worker_that_is_no_worker_or_another_models_is_kept_out(fleet: Fleet, 
 
 def test_two_services_on_one_address(fleet: Fleet) -> None:
     nowhere = ("--worker", "unix:/nowhere", "--tokenizer", "unix:/nowhere")
-    first = fleet.start("first", "router", *nowhere, "--listen", "127.0.0.1:0")
+    first = fleet.start("first", "router", *nowhere, listen="127.0.0.1:0")
     listening = re.compile(r"listening on (127\.0\.0\.1:\d+)")
     assert eventually(lambda: listening.search(first.log.read_text()) is not None, 30)
     port = listening.findall(first.log.read_text())[0]
-    for name, module, flags, why in (
-        ("second", "router", (*nowhere, "--listen", port), "in use"),
-        ("second-worker", "worker.fake", ("--listen", fleet.services["worker-0"].address), "another server listens"),
+    for name, module, flags, listen, why in (
+        ("second", "router", nowhere, port, "in use"),
+        ("second-worker", "worker.fake", (), fleet.services["worker-0"].address, "another server listens"),
     ):
-        second = fleet.start(name, module, *flags)
+        second = fleet.start(name, module, *flags, listen=listen)
         assert second.process.wait(30) == 2
         assert why in second.log.read_text()
     assert first.process.poll() is None

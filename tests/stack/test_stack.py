@@ -103,7 +103,7 @@ async def test_order_flags_and_cleaning_up(stage: Stage) -> None:
     assert stage.details("tokenizer", "argv") == [f"{model} --listen unix:{folder}/tokenizer.sock"]
     assert stage.details("worker-1", "argv") == [f"{model} --dtype float32 --listen unix:{folder}/worker-1.sock"]
     assert stage.details("router", "argv") == [
-        f"--admin-listen unix:{folder}/admin.sock --tokenizer unix:{folder}/tokenizer.sock "
+        f"--admin-listen unix:{folder}/admin.sock --drain-delay 0 --tokenizer unix:{folder}/tokenizer.sock "
         f"--worker unix:{folder}/worker-0.sock --worker unix:{folder}/worker-1.sock --extra --listen 127.0.0.1:0"
     ]
     assert "[worker-0] hello" in lines
