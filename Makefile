@@ -9,8 +9,8 @@ setup:  ## .venv with everything
 demo: setup  ## a real model answers PROMPT through router, tokenizer service and worker
 	@UV=$$(scripts/uv.sh) .venv/bin/qwire demo --prompt "$$PROMPT"
 
-test: setup  ## all tests
-	@UV=$$(scripts/uv.sh) .venv/bin/pytest $(ARGS)
+test: setup  ## all tests, two files at a time: most of them wait for processes
+	@UV=$$(scripts/uv.sh) .venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 soak: setup  ## everything at once for 20 minutes, with a process killed or stopped every 20 seconds
 	@.venv/bin/python -m tests.faults.soak $(ARGS)
