@@ -1,9 +1,10 @@
-"""What a step costs besides its kernels: seconds of each step that no compiled kernel runs in, and where they go.
+"""What a step costs besides its kernels: CPU seconds of each step that no compiled kernel runs in, and where they go.
 
     python -m benchmarks.overhead [--batch 16] [--steps 200] [--temperature 0] [--profile]
 
 The model has the depth and the vocabulary of Qwen3-0.6B and rows so narrow that kernels take next to nothing; what
 Python does in a step doesn't depend on how wide they are. Every call into the compiled module is timed and taken off.
+All of it is one thread's CPU time, which other processes change little.
 """
 
 from __future__ import annotations
