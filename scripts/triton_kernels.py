@@ -184,7 +184,7 @@ def _attention_calls(
     kv_heads, rows = 8, 32
     pool = _empty(kv_heads, 1000, 16, head_dim, dtype=coding)
     scale = _empty(kv_heads, 1000, 16, dtype=torch.float32)
-    cache, scales = KVCache(pool, pool), (scale, scale) if coding != dtype else None
+    cache = KVCache(pool, pool, (scale, scale) if coding != dtype else None)
     queries = _empty(rows, kv_heads * group, head_dim, dtype=dtype)
     qkv = _empty(rows, kv_heads * (group + 2) * head_dim, dtype=dtype)
     turns, norm = _empty(rows, head_dim // 2, dtype=torch.float32), _empty(head_dim, dtype=dtype)
@@ -195,10 +195,10 @@ def _attention_calls(
     for weight in (norm, None):
         yield (
             case,
-            partial(kernels.rope_and_cache, qkv, turns, turns, cache, slots, weight, weight, 1e-6, queries, scales),
+            partial(kernels.rope_and_cache, qkv, turns, turns, cache, slots, weight, weight, 1e-6, queries),
         )
-    yield case, lambda: kernels.decode_attention(queries, cache, tables, lengths, 4000, None, queries, scales)
-    yield case, lambda: kernels.ragged_attention(queries, cache, tables, lengths, starts, None, queries, scales)
+    yield case, lambda: kernels.decode_attention(queries, cache, tables, lengths, 4000, None, queries)
+    yield case, lambda: kernels.ragged_attention(queries, cache, tables, lengths, starts, None, queries)
 
 
 def _logit_calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -254,25 +254,25 @@ def make_all(architectures: tuple[int, ...], without: tuple[str, ...] = ()) -> l
 
 
 def page(made: list[Made]) -> str:
-    """The page, with one row for each kernel and case."""
-    rows: dict[tuple[str, str, int], dict[int, Made]] = {}
+    """The page, with one row for each way in which a case starts a kernel."""
+    rows: dict[tuple[str, str], dict[int, list[Made]]] = {}
     for one in made:
-        rows.setdefault((one.kernel, one.case, one.warps), {})[one.arch] = one
+        rows.setdefault((one.kernel, one.case), {}).setdefault(one.arch, []).append(one)
     lines = [
         "# What each Triton kernel takes",
         "",
-        "Registers of a thread, kB of shared memory of a block, and bytes spilled, by the ptxas that Triton",
+        "Warps, registers of a thread, kB of shared memory of a block, and bytes spilled, by the ptxas that Triton",
         f"{triton.__version__} brings, for every launch in `worker/kernels/cuda/triton/tables.json`.",
         "float16 has the launches of bfloat16, float32's are interpreted only. Nothing was run: no GPU was at hand.",
         "`.venv/bin/python -m scripts.triton_kernels` writes this page.",
         "",
-        "| kernel | case | warps | " + " | ".join(f"sm_{arch}" for arch in configs.ARCHITECTURES) + " |",
-        "|---|---|---|" + "---|" * len(configs.ARCHITECTURES),
+        "| kernel | case | " + " | ".join(f"sm_{arch}" for arch in configs.ARCHITECTURES) + " |",
+        "|---|---|" + "---|" * len(configs.ARCHITECTURES),
     ]
-    for (kernel, case, warps), by_arch in rows.items():
-        shown = [by_arch[arch] for arch in configs.ARCHITECTURES]
-        cells = [f"{one.registers}, {one.shared / 1024:.0f} kB, {one.spilled}" for one in shown]
-        lines.append(f"| {kernel} | {case} | {warps} | " + " | ".join(cells) + " |")
+    for (kernel, case), by_arch in rows.items():
+        for ways in zip(*(by_arch[arch] for arch in configs.ARCHITECTURES), strict=True):
+            cells = [f"{one.warps}, {one.registers}, {one.shared / 1024:.0f} kB, {one.spilled}" for one in ways]
+            lines.append(f"| {kernel} | {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
