@@ -52,13 +52,11 @@ class _Watched(Linear):
     def __init__(self, watched: Linear) -> None:
         super().__init__(watched.kernels, *watched.parts)
         self.watched = watched
-        self.tokens = 0
-        """Rows that are not dummies."""
         columns = watched.parts[0].shape[1]
         self.moments = torch.zeros(columns, columns)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        rows = x[: self.tokens].to(torch.float32)
+        rows = x.to(torch.float32)
         self.moments.addmm_(rows.t(), rows)
         return self.watched(x, out)
 
@@ -84,7 +82,6 @@ def layer_moments(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[
             block_size=_BLOCK_SIZE,
             max_positions=SEQUENCE,
             vocab_size=config.vocab_size,
-            row_tile=kernels.row_tile,
         )
         positions = torch.from_numpy(step.positions)
         attention = kernels.plan_attention(step.ragged, config.num_kv_heads, windows)
@@ -98,8 +95,6 @@ def layer_moments(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[
                     watched[f"{path}.{leaf}"] = one = _Watched(child)
                     setattr(part, leaf, one)
         for number, (x, residual) in enumerate(states):
-            for one in watched.values():
-                one.tokens = len(sequences[number])
             x, residual = layer(x, residual, steps[number], cache)
             # Buffers may hold them, which the next sequence writes to.
             states[number] = x.clone(), residual.clone()

@@ -13,7 +13,7 @@ from worker.kernels import ChosenKernels, Kernels, NativeError, choose_kernels, 
 from worker.model import ModelConfig
 from worker.parallel import Group, Place
 from worker.runner.memory import NoRoom
-from worker.runner.runner import TorchRunner, kv_bytes_per_block, resolve_dtype
+from worker.runner.runner import TorchRunner, kv_bytes_per_position, resolve_dtype, resolve_kv_dtype
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,13 @@ def connect(config: WorkerConfig, group: Group, place: Place, runner: TorchRunne
         runner.make_ready()
     except NoRoom as error:
         raise ConfigError(f"--gpu-memory-utilization: {error}") from error
-    block_bytes = kv_bytes_per_block(runner.config, runner.kv_dtype, runner.block_size, group.world)
     log.info(
         "rank %d of %d: %d KV blocks of %d (%d MiB in all)",
         group.rank,
         group.world,
         runner.num_blocks,
         runner.block_size,
-        runner.num_blocks * block_bytes // 2**20,
+        runner.num_blocks * runner.block_size * group.world * runner.kv_bytes_per_position // 2**20,
     )
 
 
@@ -78,7 +77,7 @@ def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKer
         deterministic=config.deterministic,
         attention=config.attention,
         dtype=dtype,
-        kv_dtype=dtype if config.kv_dtype == "auto" else resolve_dtype(model, config.kv_dtype),
+        kv_dtype=resolve_kv_dtype(model, config.kv_dtype, config.dtype),
         head_dim=model.head_dim,
     )
     try:
@@ -100,9 +99,9 @@ def _runner(config: WorkerConfig, model: ModelConfig, group: Group, kernels: Ker
     from worker.kernels.cuda import CudaKernels
     from worker.runner.cuda import CudaRunner, CudaSettings
 
-    kv_dtype = resolve_dtype(model, config.dtype if config.kv_dtype == "auto" else config.kv_dtype)
+    kv_dtype = resolve_kv_dtype(model, config.kv_dtype, config.dtype)
     block_size = config.block_size or kernels.default_block_size
-    block_bytes = kv_bytes_per_block(model, kv_dtype, block_size, group.world)
+    block_bytes = block_size * group.world * kv_bytes_per_position(model, kv_dtype, group.world)
     on_gpu = isinstance(kernels, CudaKernels)
     mib = config.kv_cache_mib or (0 if on_gpu else CPU_CACHE_MIB)
     num_blocks = config.kv_blocks or mib * 2**20 // block_bytes

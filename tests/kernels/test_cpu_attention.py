@@ -16,13 +16,15 @@ from torch import Tensor
 from tests.helpers.native_modules import each_isa, module
 from worker.kernels import KVCache, RaggedBatch, ReferenceKernels
 from worker.kernels.cpu.attention import paged_attention, plan_attention
+from worker.kernels.reference.rope import encode
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences with their queries; what no sequence wrote is NaN, in their last blocks as well."""
+    """Sequences with their queries; what no sequence wrote is NaN (of codes, their scales), in their last blocks as
+    well."""
 
     cache: KVCache
     tables: list[npt.NDArray[np.int64]]
@@ -31,7 +33,7 @@ class Case:
     queries: Tensor
     """[sum of lengths, Q, D]."""
     written: list[tuple[Tensor, Tensor]]
-    """Keys and values of each sequence, [K, positions, D]."""
+    """Keys and values of each sequence, [K, positions, D]; of codes, what they stand for."""
 
     @classmethod
     def make(
@@ -48,7 +50,7 @@ class Case:
         """`sequences`: first position and number of queries. Keys and values don't depend on the block size."""
         generator = torch.Generator().manual_seed(seed)
         written = [
-            tuple(torch.randn(kv_heads, start + count, head_dim, generator=generator).to(dtype) for _ in range(2))
+            tuple(torch.randn(kv_heads, start + count, head_dim, generator=generator) for _ in range(2))
             for start, count in sequences
         ]
         starts, lengths = np.array(sequences, np.int64).T
@@ -57,13 +59,20 @@ class Case:
         num_blocks = int(needs.sum()) + 3
         tables = np.split(torch.randperm(num_blocks, generator=generator).numpy()[:-3], np.cumsum(needs)[:-1])
         shape = (kv_heads, num_blocks, block_size, head_dim)
-        cache = KVCache(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
+        coded = dtype == torch.int8
+        pools = [torch.full(shape, 99 if coded else torch.nan, dtype=dtype) for _ in range(2)]
+        scales = torch.full(shape[:3], torch.nan), torch.full(shape[:3], torch.nan)
+        cache = KVCache(pools[0], pools[1], scales if coded else None)
+        meant = []
         for table, pair in zip(tables, written, strict=True):
             positions = torch.arange(pair[0].shape[1])
             slots = torch.from_numpy(table)[positions // block_size] * block_size + positions % block_size
-            for pool, own in zip((cache.keys, cache.values), pair, strict=True):
-                pool.view(kv_heads, -1, head_dim)[:, slots] = own
-        return cls(cache, tables, starts, lengths, queries, [(pair[0], pair[1]) for pair in written])
+            for pool, scale, own in zip(pools, scales, pair, strict=True):
+                stored, steps = encode(own) if coded else (own.to(dtype), torch.ones(own.shape[:2]))
+                pool.view(kv_heads, -1, head_dim)[:, slots] = stored
+                scale.view(kv_heads, -1)[:, slots] = steps
+                meant.append(stored.double() * steps[..., None])
+        return cls(cache, tables, starts, lengths, queries, list(zip(meant[::2], meant[1::2], strict=True)))
 
     def batch(self, chosen: list[int], starts: list[int], lengths: list[int]) -> RaggedBatch:
         blocks, block_size = self.cache.keys.shape[1:3]
@@ -166,21 +175,22 @@ def test_a_long_decode_is_shared_out_and_keeps_its_bits(isa: str) -> None:
     )
     keys, values = case.written[0]
     slots = torch.from_numpy(among.tables[0]).repeat_interleave(16)[:5001] * 16 + torch.arange(5001) % 16
-    among.cache.keys.view(1, -1, 64)[:, slots] = keys
-    among.cache.values.view(1, -1, 64)[:, slots] = values
+    among.cache.keys.view(1, -1, 64)[:, slots] = keys.bfloat16()
+    among.cache.values.view(1, -1, 64)[:, slots] = values.bfloat16()
     among.queries[0] = case.queries[0]
     assert torch.equal(among.attend(module(isa, 1), None)[:1], shared)
     assert (shared.double() - case.wanted(None)).abs().max() <= 5e-6
 
 
 @each_isa
-def test_agrees_with_the_reference_at_large_scores(isa: str) -> None:
-    case = Case.make([(0, 40), (300, 1)], kv_heads=2, group=2, head_dim=64, block_size=16, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_agrees_with_the_reference_at_large_scores(isa: str, dtype: torch.dtype) -> None:
+    case = Case.make([(0, 40), (300, 1)], kv_heads=2, group=2, head_dim=64, block_size=16, dtype=dtype)
     case.queries.mul_(40.0)
     batch = case.batch([0, 1], case.starts.tolist(), case.lengths.tolist())
     reference = ReferenceKernels()
     wanted = reference.paged_attention(case.queries, case.cache, reference.plan_attention(batch, 2, [None]), None)
-    torch.testing.assert_close(case.attend(module(isa), None), wanted, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(case.attend(module(isa), None), wanted, rtol=2e-4, atol=5e-5)
 
 
 @each_isa
@@ -205,6 +215,9 @@ def test_what_it_refuses() -> None:
         paged_attention(native, torch.zeros(2, 4, 64, dtype=torch.bfloat16), cache, plan, None)
     with pytest.raises(ValueError, match="can't attend"):
         paged_attention(native, torch.zeros(2, 3, 64), cache, plan, None)
+    codes = KVCache(cache.keys.to(torch.int8), cache.values.to(torch.int8))
+    with pytest.raises(ValueError, match="scales"):
+        paged_attention(native, torch.zeros(2, 4, 64), codes, plan, None)
     with pytest.raises(ValueError, match="plan has 2 rows"):
         paged_attention(native, torch.zeros(1, 4, 64), cache, plan, None)
     with pytest.raises(ValueError, match="out"):

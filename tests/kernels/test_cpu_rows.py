@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,6 +109,31 @@ def test_values_are_rounded_as_torch_rounds_them(isa: str, dtype: torch.dtype) -
     wanted, got = qkv[:, 32:].to(dtype), cache.values.view(64, 16)
     assert torch.equal(wanted.isnan(), got.isnan())
     assert torch.equal(wanted.nan_to_num(nan=0.0).view(torch.int16), got.nan_to_num(nan=0.0).view(torch.int16))
+
+
+@each_isa
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([16, 64, 80, 128]), st.integers(1, 3), st.integers(1, 20), st.integers(-30, 30))
+def test_a_cache_of_codes_is_the_reference_s(isa: str, head_dim: int, kv_heads: int, tokens: int, power: int) -> None:
+    qkv = torch.randn(tokens, 3 * kv_heads * head_dim) * 2.0**power
+    qkv[0, -head_dim:] = 0.0
+    qkv[-1, -head_dim] = torch.inf
+    angles, slots = torch.randn(tokens, head_dim // 2), torch.randperm(64)[:tokens]
+    shape = (kv_heads, 4, 16, head_dim)
+    caches = []
+    for kernels in (REFERENCE.rope_and_cache, partial(rope_and_cache, module(isa))):
+        pools = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8)
+        caches.append(KVCache(*pools, (torch.zeros(shape[:3]), torch.zeros(shape[:3]))))
+        kernels(qkv, angles.cos(), angles.sin(), caches[-1], slots, None, None, 1e-6)
+    (_, *wanted), (_, *got) = ((cache.keys, cache.values, *(cache.scales or ())) for cache in caches)
+    for theirs, ours in zip(wanted[1:], got[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0, equal_nan=True)
+        assert ours.isnan().any() == (theirs is wanted[2])
+    finite = ~wanted[2].isnan()
+    # Products with 1 / scale and quotients differ in the last bit, so a tie may fall either way.
+    differ = (got[0].int() - wanted[0].int())[finite].abs()
+    assert differ.max() <= 1
+    assert differ.float().mean() < 1e-3
 
 
 def test_what_they_refuse() -> None:

@@ -39,11 +39,9 @@ def paged(
 
 
 def reference(queries: torch.Tensor, cache: KVCache, batch: RaggedBatch, window: int | None) -> torch.Tensor:
-    """[rows, Q, D] by the reference, which takes rows in multiples of its tile."""
-    rows, heads, head_dim = queries.shape
-    padded = torch.constant_pad_nd(queries, (0, 0, 0, 0, 0, -rows % REFERENCE.row_tile))
+    """[rows, Q, D] by the reference."""
     plan = REFERENCE.plan_attention(batch, cache.keys.shape[0], [window])
-    return REFERENCE.paged_attention(padded, cache, plan, window)[:rows].view(rows, heads, head_dim)
+    return REFERENCE.paged_attention(queries, cache, plan, window).view(queries.shape)
 
 
 @settings(max_examples=10, deadline=None)
@@ -105,19 +103,20 @@ def test_a_cache_of_eight_bits(dtype: torch.dtype) -> None:
     pools = (pool / scale[..., None] for pool, scale in zip((cache.keys, cache.values), scales, strict=True))
     coded = [(pool.round() if dtype == torch.int8 else pool).to(dtype) for pool in pools]
     meant = KVCache(*(pool.float() * scale[..., None] for pool, scale in zip(coded, scales, strict=True)))
-    stored = KVCache(*(pool.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for pool in coded))
+    keys, values = (pool.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for pool in coded)
+    stored = KVCache(keys, values, (scales[0], scales[1]))
     queries = torch.randn(int(firsts[-1]), 4, 64)
     wanted = reference(queries, meant, batch, None)
     out = torch.empty_like(queries)
-    kernels.ragged_attention(queries, stored, tables, ends, firsts, None, out, (scales[0], scales[1]))
+    kernels.ragged_attention(queries, stored, tables, ends, firsts, None, out)
     assert (out - wanted).abs().max() <= 1e-5
     last = (firsts[1:] - 1).long()
     ones = torch.empty_like(queries[last])
-    kernels.decode_attention(queries[last], stored, tables, ends, 70, None, ones, (scales[0], scales[1]))
+    kernels.decode_attention(queries[last], stored, tables, ends, 70, None, ones)
     assert (ones - wanted[last]).abs().max() <= 1e-5
     if dtype == torch.int8:
         with pytest.raises(ValueError, match="scales"):
-            kernels.decode_attention(queries[last], stored, tables, ends, 70, None, ones)
+            kernels.decode_attention(queries[last], KVCache(keys, values), tables, ends, 70, None, ones)
 
 
 def test_a_query_has_the_same_bits_in_any_batch() -> None:

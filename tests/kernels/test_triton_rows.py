@@ -96,11 +96,11 @@ def test_a_cache_of_eight_bits_holds_values_within_half_a_step(dtype: torch.dtyp
     qkv = torch.randn(rows, 3 * kv_heads * head_dim, generator=torch.Generator().manual_seed(1)) * 100
     cos, sin = torch.ones(rows, head_dim // 2), torch.zeros(rows, head_dim // 2)
     shape = (kv_heads, 2, 16, head_dim)
-    cache = KVCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
     scales = (torch.zeros(shape[:3]), torch.zeros(shape[:3]))
+    cache = KVCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), scales)
     slots = torch.tensor([5, -1, 20])
     out = torch.empty(rows, kv_heads, head_dim)
-    kernels.rope_and_cache(qkv, cos, sin, cache, slots, None, None, 1e-6, out, scales)
+    kernels.rope_and_cache(qkv, cos, sin, cache, slots, None, None, 1e-6, out)
     heads = qkv.view(rows, 3 * kv_heads, head_dim)
     for pool, scale, first in ((cache.keys, scales[0], kv_heads), (cache.values, scales[1], 2 * kv_heads)):
         stored = (pool.float() * scale[..., None]).flatten(1, 2)

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from worker.model import DefaultSampling, ModelConfig, ModelError
-from worker.runner import kv_bytes_per_block
+from worker.runner import kv_bytes_per_position
 
 
 def read(tmp_path: Path, **config: Any) -> ModelConfig:
@@ -25,8 +25,9 @@ def test_fields(tmp_path: Path) -> None:
     assert config.eos_token_ids == (5, 3) and config.bos_token_id == 1 and config.pad_token_id == 0
     assert config.default_sampling == DefaultSampling(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
     assert config.windows == (None, None)
-    assert kv_bytes_per_block(config, torch.bfloat16, 16) == 2 * 2 * 1 * 64 * 16 * 2
-    assert kv_bytes_per_block(config, torch.float32, 16) == 2 * kv_bytes_per_block(config, torch.bfloat16, 16)
+    assert kv_bytes_per_position(config, torch.bfloat16) == 2 * 2 * 1 * 64 * 2
+    assert kv_bytes_per_position(config, torch.float32) == 2 * 2 * 1 * 64 * 4
+    assert kv_bytes_per_position(config, torch.int8) == 2 * 2 * 1 * (64 + 4)
 
 
 def test_eos_falls_back_to_config(tmp_path: Path) -> None:

@@ -66,17 +66,21 @@ def test_bfloat16_against_the_reference(tmp_path: Path, demo_folder: Path) -> No
 
 
 @each_isa
-@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
-def test_every_instruction_set_gives_the_references_logits(tmp_path: Path, isa: str, quantize: str) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "kv_dtype"), [("none", "bfloat16"), ("none", "int8"), ("int8", "bfloat16"), ("int4", "bfloat16")]
+)
+def test_every_instruction_set_gives_the_references_logits(
+    tmp_path: Path, isa: str, quantize: str, kv_dtype: str
+) -> None:
     folder = write_random_qwen3(tmp_path, dtype="bfloat16", hidden=160, heads=4, kv_heads=2, head_dim=80)
     ids = [(7 * i) % 512 for i in range(80)]
     reference = TorchRunner(
-        folder, num_blocks=8, dtype="float32", kv_dtype="bfloat16", quantize=quantize, kernels=ReferenceKernels()
+        folder, num_blocks=8, dtype="float32", kv_dtype=kv_dtype, quantize=quantize, kernels=ReferenceKernels()
     )
     expected = logits_of(reference, ids, table(0, 80, 16), [80])
     kernels = choose_kernels("cpu", isa).kernels
     assert (kernels.name, kernels.isa) == ("cpu", isa)
-    runner = TorchRunner(folder, num_blocks=8, quantize=quantize, kernels=kernels)
+    runner = TorchRunner(folder, num_blocks=8, quantize=quantize, kv_dtype=kv_dtype, kernels=kernels)
     got = logits_of(runner, ids, table(0, 80, 16), [40, 1])
     # Quantized weights meet rows of 8 bits here, and of 32 in the reference.
     error = (got - expected).norm() / expected.norm()

@@ -45,6 +45,7 @@ class Case:
     backend: str
     dtype: str = "float32"
     quantize: str = "none"
+    kv_dtype: str = "auto"
 
 
 @pytest.fixture(
@@ -54,12 +55,16 @@ class Case:
         "cpu-qwen3-int4",
         "cpu-qwen2-float32",
         "cpu-qwen2-float16",
+        "cpu-qwen3-kv8",
         "reference-qwen3-bfloat16",
         "reference-qwen2-float32",
+        "reference-qwen2-kv8",
     ]
 )
 def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Case:
     backend, model, kind = request.param.split("-")
+    if kind == "kv8":
+        return Case(folders[model], backend, "bfloat16", kv_dtype="int8")
     if kind in QUANTIZED_FORMATS:
         return Case(folders[model], backend, "bfloat16", kind)
     return Case(folders[model], backend, kind)
@@ -72,6 +77,7 @@ def make(case: Case, block_size: int = 16, threads: int = 1) -> TorchRunner:
         case.folder,
         dtype=case.dtype,
         quantize=case.quantize,
+        kv_dtype=case.kv_dtype,
         num_blocks=4096 // block_size,
         block_size=block_size,
         kernels=kernels,
@@ -80,7 +86,7 @@ def make(case: Case, block_size: int = 16, threads: int = 1) -> TorchRunner:
 
 def kv_of(runner: TorchRunner, blocks: tuple[int, ...], length: int) -> list[Tensor]:
     """A sequence's keys and values, position by position."""
-    pools = [pool for cache in runner.caches for pool in (cache.keys, cache.values)]
+    pools = [pool for cache in runner.caches for pool in cache.tensors]
     return [pool[:, list(blocks)].flatten(1, 2)[:, :length].clone() for pool in pools]
 
 
@@ -172,9 +178,8 @@ def test_reused_blocks_do_not_leak(case: Case) -> None:
     blocks = table(0, 100, 16)
     expected = logits_of(runner, IDS[:100], blocks, [90, 1])
     with torch.inference_mode():
-        for cache in runner.caches:
-            cache.keys.fill_(float("nan"))
-            cache.values.fill_(float("nan"))
+        for tensor in (tensor for cache in runner.caches for tensor in cache.tensors):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
     assert torch.equal(logits_of(runner, IDS[:100], blocks, [90, 1]), expected)
 
 

@@ -54,6 +54,31 @@ def test_quantized_models_are_served(tmp_path: Path) -> None:
     assert len(set(numerics)) == 3
 
 
+def test_keys_and_values_as_int8(tmp_path: Path) -> None:
+    """Nearly twice the blocks in the same memory, near the same log-probabilities, and nobody else's numerics."""
+    model = write_tiny_model(tmp_path / "tiny", dtype="bfloat16")
+    told, answers, blocks = [], [], []
+    for kind in ("auto", "int8"):
+        with (
+            running_stack(model, "tiny", worker_flags=(*SMALL, "--kv-dtype", kind)) as stack,
+            stack.client() as client,
+        ):
+            told.append(client.model())
+            runs = [
+                client.generate(token_ids=PROMPT, max_tokens=16, ignore_eos=True, temperature=0, logprobs=1).read()
+                for _ in range(2)
+            ]
+            assert runs[0].token_ids == runs[1].token_ids
+            assert runs[1].finished is not None and runs[1].finished.usage.cached_tokens == 32
+            answers.append(runs[0].choices[0].logprobs[0].logprob)
+            (line,) = [line for line in stack.lines if "KV blocks of 16" in line]
+            blocks.append(int(line.split(": ")[-1].split()[0]))
+    assert told[0].numerics_id != told[1].numerics_id
+    assert 1.8 < blocks[1] / blocks[0] < 2.0
+    assert answers[0] != answers[1]
+    assert abs(answers[0] - answers[1]) < 0.05
+
+
 def test_calibrated_int4_is_served(tmp_path: Path) -> None:
     """`qwire quantize --text` chooses weights by that text, and the model is served."""
     model = write_tiny_model(tmp_path / "tiny", dtype="bfloat16")

@@ -20,7 +20,10 @@ from tests.helpers.stacks import RunningStack, eventually, running_stack
 Options = dict[str, Any]
 Output = list[tuple[list[int], str, list[bytes], int]]
 
-DTYPES = {"bfloat16": ("--dtype", "bfloat16"), "int8": ("--dtype", "bfloat16", "--quantize", "int8")}
+DTYPES = {
+    "bfloat16": ("--dtype", "bfloat16"),
+    "int8": ("--dtype", "bfloat16", "--quantize", "int8", "--kv-dtype", "int8"),
+}
 QUIET = ("--speculation", "0", "--threads", "1", "--kv-cache-mib", "64")
 _TIGHT = ("--kv-blocks", "22", "--block-size", "32", "--max-step-tokens", "53", "--max-running", "14")
 CROWDED = ("--speculation", "9", "--threads", "2", *_TIGHT)

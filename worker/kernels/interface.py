@@ -1,6 +1,6 @@
 """What a backend computes, in which layout. Letters in shapes:
 
-    T  rows of the step: its tokens, padded with dummy rows to a multiple of the backend's `row_tile`
+    T  rows of the step: its tokens, and behind them dummy rows where a captured graph has more
     S  rows to draw from        V  vocabulary       H  hidden size      D  head size
     Q  query heads              K  key/value heads; Q is a multiple of K, query head q reads key/value head q // (Q / K)
 
@@ -43,6 +43,14 @@ class KVCache:
 
     keys: Tensor
     values: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+    """The keys' and the values', float32 [K, blocks, block size], where these are codes of 8 bits: a vector's largest
+    element has the greatest code, and an element is its code times its vector's scale. An int8 cache has them."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them; the second dimension is the block."""
+        return (self.keys, self.values, *(self.scales or ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +168,6 @@ class Kernels(Protocol):
     @property
     def default_block_size(self) -> int:
         """Positions of a KV block where nothing else was asked for."""
-        ...
-
-    @property
-    def row_tile(self) -> int:
-        """Callers pad T to a multiple of this."""
         ...
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:

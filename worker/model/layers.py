@@ -118,9 +118,9 @@ class Head(Linear):
         super().__init__(kernels, Part((vocab_size, hidden_size), vocab_size))
         self.group, self.vocab_size = group, vocab_size
 
-    def logits(self, hidden: Tensor, count: int) -> Tensor | None:
-        """The first `count` rows' logits, float32 [count, V], on rank 0; None on the others."""
-        parts = self.group.gather(self(hidden)[:count])
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """float32 [rows, V], on rank 0; None on the others."""
+        parts = self.group.gather(self(hidden))
         if parts is None:
             return None
         if len(parts) == 1:

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen3 (https://arxiv.org/abs/2505.09388): pre-norm decoder layers with grouped-query attention and SwiGLU.
 
-T is the step's padded number of rows, H the hidden size; `worker.kernels.interface` states the other layouts. Sizes
+T is the step's number of rows, H the hidden size; `worker.kernels.interface` states the other layouts. Sizes
 here are the whole model's; a rank's share of the heads shows in the shapes of its weights and cache. Hidden states are
 whole on every rank.
 """
@@ -163,6 +163,6 @@ class CausalLM(Module):
         """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer."""
         return self.model(ids, step, caches)
 
-    def compute_logits(self, hidden: Tensor, count: int) -> Tensor | None:
-        """Hidden states [R, H], R padded as T is, to the first `count` rows' float32 logits [count, V], on rank 0."""
-        return self.lm_head.logits(hidden, count)
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """Hidden states [R, H] to float32 logits [R, V], on rank 0."""
+        return self.lm_head.logits(hidden)

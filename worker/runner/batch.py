@@ -14,12 +14,12 @@ from worker.kernels import RaggedBatch
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """A step, row by row: its tokens in the order of the plan, then dummy rows up to a multiple of the row tile."""
+    """A step, row by row: its tokens in the order of the plan."""
 
     ids: npt.NDArray[np.int64]
-    """[rows]; dummies are id 0."""
+    """[tokens]"""
     positions: npt.NDArray[np.int64]
-    """[rows]; dummies are at position 0."""
+    """[tokens]"""
     slots: npt.NDArray[np.int64]
     """[tokens]: block * block_size + offset of each token's key and value."""
     draw_rows: npt.NDArray[np.int64]
@@ -27,14 +27,7 @@ class StepArrays:
     ragged: RaggedBatch
 
 
-def padded(count: int, row_tile: int) -> int:
-    """The next multiple of `row_tile`."""
-    return -(-count // row_tile) * row_tile
-
-
-def build_step(
-    plan: StepPlan, *, num_blocks: int, block_size: int, max_positions: int, vocab_size: int, row_tile: int
-) -> StepArrays:
+def build_step(plan: StepPlan, *, num_blocks: int, block_size: int, max_positions: int, vocab_size: int) -> StepArrays:
     """Raises ValueError for a plan that would read or write outside its blocks: an engine's bug."""
     chunks = plan.chunks
     lengths = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int64, len(chunks))
@@ -48,20 +41,17 @@ def build_step(
         raise ValueError("a step needs chunks of at least one token, at positions from 0")
     if (ends > np.minimum(sizes * block_size, max_positions)).any():
         raise ValueError(f"a chunk ends beyond its block table or the model's {max_positions} positions")
-    total = int(lengths.sum())
     last_rows = np.cumsum(lengths) - 1
-    ids = np.zeros(padded(total, row_tile), np.int64)
-    positions = np.zeros(padded(total, row_tile), np.int64)
-    ids[:total] = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
+    ids = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"a token id lies outside the vocabulary of {vocab_size}")
-    positions[:total] = np.arange(total) - np.repeat(last_rows + 1 - ends, lengths)
+    positions = np.arange(len(ids)) - np.repeat(last_rows + 1 - ends, lengths)
     first_block = np.cumsum(sizes) - sizes
     blocks = np.concatenate(tables)
     if blocks.min() < 0 or blocks.max() >= num_blocks:
         raise ValueError(f"a block table names a block outside the cache's {num_blocks}")
-    block_of = blocks[np.repeat(first_block, lengths) + positions[:total] // block_size]
-    slots = block_of * block_size + positions[:total] % block_size
+    block_of = blocks[np.repeat(first_block, lengths) + positions // block_size]
+    slots = block_of * block_size + positions % block_size
     return StepArrays(
         ids,
         positions,

@@ -30,7 +30,7 @@ from worker.runner.batch import StepArrays
 from worker.runner.drawing import Drawing, draw_all
 from worker.runner.graphs import DecodeBuffers, DecodeGraphs, DecodeRows, ladder
 from worker.runner.memory import blocks_that_fit
-from worker.runner.runner import TorchRunner, kv_bytes_per_block
+from worker.runner.runner import TorchRunner
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ class CudaRunner(TorchRunner):
         length = min(settings.max_step_tokens, self.config.max_positions)
         count, per_chunk = -(-settings.max_step_tokens // length), -(-length // size)
         self.make_cache(count * per_chunk, dummies=1)
-        borrowed = sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches)
+        borrowed = sum(tensor.nbytes for cache in self.caches for tensor in cache.tensors)
         gpu.reset_peak()
         chunks = [Chunk([0] * length, 0, range(index * per_chunk, (index + 1) * per_chunk)) for index in range(count)]
         with torch.inference_mode():
@@ -258,13 +258,12 @@ class CudaRunner(TorchRunner):
         self.caches = ()
         gpu.reset_peak()
         rung = ladder(settings.max_running)[-1] if settings.graphs else 0
-        heads_bytes = kv_bytes_per_block(self.config, self.kv_dtype, size, self._group.world) // self._group.world
         return blocks_that_fit(
             after,
             settings.memory_share,
             borrowed=borrowed,
             graph_logits=rung * self.config.vocab_size * 4,
-            block_bytes=heads_bytes,
+            block_bytes=size * self.kv_bytes_per_position,
         )
 
     def _agreed(self, blocks: int) -> int:

@@ -20,7 +20,7 @@ from worker.model.module import Module
 from worker.model.qwen import Buffers, StepInputs
 from worker.model.rope import rotation_table
 from worker.parallel import Group
-from worker.runner.batch import StepArrays, build_step, padded
+from worker.runner.batch import StepArrays, build_step
 from worker.runner.drawing import draw_all, score_all
 
 SCORED_ROWS = 32
@@ -36,12 +36,19 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return resolved
 
 
-def kv_bytes_per_block(config: ModelConfig, kv_dtype: torch.dtype, block_size: int, world: int = 1) -> int:
-    """Bytes of cache that one block takes over all layers, keys and values, and over all of `world` ranks (a head that
-    several of them hold counts as often)."""
-    heads = world * Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
-    per_position = 2 * config.num_layers * heads * config.head_dim
-    return per_position * block_size * kv_dtype.itemsize
+def resolve_kv_dtype(config: ModelConfig, kv_dtype: str, dtype: str) -> torch.dtype:
+    """What keys and values are kept in; "auto" is as `dtype`. Raises ModelError for an unknown name."""
+    if kv_dtype == "int8":
+        return torch.int8
+    return resolve_dtype(config, dtype if kv_dtype == "auto" else kv_dtype)
+
+
+def kv_bytes_per_position(config: ModelConfig, kv_dtype: torch.dtype, world: int = 1) -> int:
+    """Bytes of cache that a rank of `world` ranks takes over all layers, keys and values and the scales that go with
+    int8 (a head that several ranks hold is in each)."""
+    heads = Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
+    scale = torch.float32.itemsize if kv_dtype == torch.int8 else 0
+    return 2 * config.num_layers * heads * (config.head_dim * kv_dtype.itemsize + scale)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -64,7 +71,7 @@ class TorchRunner:
         num_blocks: of the cache; None leaves it to `make_cache`, without which nothing can be executed.
         block_size: positions of a block; None is the kernels' own choice.
         dtype: what weights are kept in that are not quantized; "auto" is the checkpoint's own.
-        kv_dtype: what keys and values are kept in; "auto" is `dtype`.
+        kv_dtype: what keys and values are kept in, as of `resolve_kv_dtype`.
         quantize: "none", or what the weights are quantized to while they are loaded.
         kernels: the backend; None takes the best there is, on one thread.
 
@@ -92,11 +99,12 @@ class TorchRunner:
         if 256 % block_size:
             raise ValueError(f"need blocks of a size that divides 256: got {block_size}")
         self.dtype = resolve_dtype(self.config, dtype)
-        self.kv_dtype = self.dtype if kv_dtype == "auto" else resolve_dtype(self.config, kv_dtype)
+        self.kv_dtype = resolve_kv_dtype(self.config, kv_dtype, dtype)
         self.quantization = resolve_quantization(self.config, quantize)
         self._num_blocks, self._block_size = 0, block_size
         group = group or Group()
         check_shares(self.config, group.world)
+        self._world = group.world
         self._kv_heads = Shard(group.rank, group.world).local(self.config.num_kv_heads, "num_key_value_heads")
         self._buffers = Buffers(self.kernels.activation_dtype(self.dtype), self.kernels.device)
         self._windows = tuple(dict.fromkeys(self.config.windows))
@@ -123,10 +131,14 @@ class TorchRunner:
         with torch.inference_mode():
             cos, sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
             self._cos, self._sin = cos.to(device), sin.to(device)
-            self.caches = tuple(
-                KVCache(_zeros(shape, self.kv_dtype, device), _zeros(shape, self.kv_dtype, device))
-                for _ in range(self.config.num_layers)
-            )
+            self.caches = tuple(self._new_cache(shape) for _ in range(self.config.num_layers))
+
+    def _new_cache(self, shape: tuple[int, ...]) -> KVCache:
+        keys, values = (_zeros(shape, self.kv_dtype, self.kernels.device) for _ in range(2))
+        if self.kv_dtype != torch.int8:
+            return KVCache(keys, values)
+        key_scales, value_scales = (_zeros(shape[:3], torch.float32, self.kernels.device) for _ in range(2))
+        return KVCache(keys, values, (key_scales, value_scales))
 
     @property
     def num_blocks(self) -> int:
@@ -156,7 +168,7 @@ class TorchRunner:
     @property
     def kv_bytes_per_position(self) -> int:
         """Of this rank's cache."""
-        return 2 * self.config.num_layers * self._kv_heads * self.config.head_dim * self.kv_dtype.itemsize
+        return kv_bytes_per_position(self.config, self.kv_dtype, self._world)
 
     def operations(self, start: int, stop: int, *, draws: int) -> int:
         """Multiplications and additions of computing a sequence's positions `start` to `stop` and drawing from the last
@@ -202,8 +214,8 @@ class TorchRunner:
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
             for cache in self.caches:
-                cache.keys[:, target] = cache.keys[:, source]
-                cache.values[:, target] = cache.values[:, source]
+                for pool in cache.tensors:
+                    pool[:, target] = pool[:, source]
 
     def forward_logits(self, plan: StepPlan) -> Tensor:
         """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict
@@ -219,7 +231,6 @@ class TorchRunner:
             block_size=self._block_size,
             max_positions=self._max_positions,
             vocab_size=self.config.vocab_size,
-            row_tile=self.kernels.row_tile,
         )
 
     def _hidden(self, step: StepArrays) -> Tensor:
@@ -234,8 +245,4 @@ class TorchRunner:
         return self._model(torch.from_numpy(step.ids), inputs, self.caches)
 
     def _logits(self, rows: Tensor) -> Tensor | None:
-        count = rows.shape[0]
-        whole = padded(count, self.kernels.row_tile)
-        if whole != count:
-            rows = torch.cat((rows, rows.new_zeros(whole - count, rows.shape[1])))
-        return self._model.compute_logits(rows, count)
+        return self._model.compute_logits(rows)

@@ -42,7 +42,6 @@ class CpuKernels:
     device = torch.device("cpu")
     batch_invariant = True
     default_block_size = 16
-    row_tile = 1
 
     def __init__(self, isa: str, native: ModuleType) -> None:
         self._isa, self.native = isa, native

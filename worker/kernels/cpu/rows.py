@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from worker.kernels.cpu.attention import KV_TYPES, MAX_HEAD_DIM
+from worker.kernels.cpu.attention import MAX_HEAD_DIM, cache_addresses
 from worker.kernels.interface import KVCache
 
 
@@ -88,9 +88,7 @@ def rope_and_cache(
         kv_heads,
         head_dim,
         blocks * block_size,
-        cache.keys.data_ptr(),
-        cache.values.data_ptr(),
-        KV_TYPES[cache.keys.dtype],
+        *cache_addresses(cache),
         _check("out", out, rows, q_heads, head_dim),
     )
     return out

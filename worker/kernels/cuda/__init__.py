@@ -92,7 +92,6 @@ class CudaKernels:
     """
 
     name = "cuda"
-    row_tile = 1
 
     def __init__(self, gpu: Device, ops: Ops, attention: FlashAttention | None, *, deterministic: bool) -> None:
         self.gpu, self.staging = gpu, Staging(gpu)

@@ -45,16 +45,17 @@ class PlainOps:
         return out.copy_(dense.silu_mul(gate_up))
 
     def decode(self, queries: Tensor, cache: KVCache, where: Paged, window: int | None, out: Tensor) -> Tensor:
-        keys, values = (pool[:, where.tables.long()].flatten(2, 3) for pool in (cache.keys, cache.values))
+        keys, values = (pool[:, where.tables.long()].flatten(2, 3) for pool in _pools(cache))
         attended = _attend(queries[:, None], keys, values, where.key_lengths.long()[:, None] - 1, window)
         return out.copy_(attended[:, 0])
 
     def mixed(self, queries: Tensor, cache: KVCache, where: Paged, window: int | None, out: Tensor) -> Tensor:
+        pools = _pools(cache)
         ends, starts = where.key_lengths.tolist(), where.query_starts.tolist()
         for sequence, end in enumerate(ends):
             rows = slice(starts[sequence], starts[sequence + 1])
             blocks = where.tables[sequence, : -(-end // cache.keys.shape[2])].long()
-            keys, values = (pool[:, blocks].flatten(1, 2)[:, None] for pool in (cache.keys, cache.values))
+            keys, values = (pool[:, blocks].flatten(1, 2)[:, None] for pool in pools)
             at = torch.arange(end - (rows.stop - rows.start), end, device=queries.device)
             out[rows] = _attend(queries[None, rows], keys, values, at[None], window)[0]
         return out
@@ -70,6 +71,14 @@ class PlainOps:
             rows.position.cpu().numpy(),
         )
         return sampling.sample(logits.cpu(), batch).to(logits.device)
+
+
+def _pools(cache: KVCache) -> tuple[Tensor, ...]:
+    """Keys and values as numbers."""
+    pools = cache.keys, cache.values
+    if cache.scales is None:
+        return pools
+    return tuple(pool * scales[..., None] for pool, scales in zip(pools, cache.scales, strict=True))
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, at: Tensor, window: int | None) -> Tensor:

@@ -33,7 +33,6 @@ class ReferenceKernels:
     device = torch.device("cpu")
     batch_invariant = True
     default_block_size = 16
-    row_tile = dense.ROW_TILE
 
     @property
     def isa(self) -> str:

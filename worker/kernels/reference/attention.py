@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -294,38 +294,47 @@ def _over_tiles(
     return mixed.add_(0.0)  # a zero comes out positive, whether it was merged or not
 
 
-def _gather(pool: Tensor, tile: _Tile) -> Tensor:
+def _gather(pool: Tensor, scales: Tensor | None, tile: _Tile) -> Tensor:
     """A tile's keys or values in float32, [sequences * K, 256, D]; zeros where nothing is written, since neither a
     penalty nor a weight of 0 silences a not-a-number."""
     kv_heads, num_blocks, block_size, head_dim = pool.shape
     blocks = pool.view(kv_heads * num_blocks, block_size * head_dim).index_select(0, tile.gather)
     rows = blocks.view(-1, head_dim).to(torch.float32)
+    if scales is not None:
+        rows.mul_(scales.view(kv_heads * num_blocks, block_size).index_select(0, tile.gather).view(-1, 1))
     if tile.unwritten is not None:
         rows.index_fill_(0, tile.unwritten, 0.0)
     return rows.view(-1, KV_TILE, head_dim)
+
+
+@cache
+def _repeated(width: int, group: int) -> Tensor:
+    """Which of a group's heads each of a product's rows is."""
+    return torch.arange(width) % group
 
 
 def _decode(grouped: Tensor, cache: KVCache, plan: _Decode, window: int | None, out: Tensor) -> None:
     """One query per sequence, all sequences at once. A group's heads are repeated to fill their product's rows."""
     _, kv_heads, group, head_dim = grouped.shape
     batch = plan.rows.shape[0]
+    key_scales, value_scales = cache.scales or (None, None)
     tiles = [tile for tile in plan.tiles if window in tile.hidden]
     counts = {tile.count * kv_heads for tile in tiles}
     least = -(-group // 4) * 4
     allowed = (least, 2 * least, 4 * least)
     width = next((n for n in allowed if all(same_bits(n, items, group, head_dim) for items in counts)), allowed[-1])
     scaled = grouped.index_select(0, plan.rows).to(torch.float32) * head_dim**-0.5
-    queries = scaled.view(batch * kv_heads, group, head_dim).index_select(1, torch.arange(width) % group)
+    queries = scaled.view(batch * kv_heads, group, head_dim).index_select(1, _repeated(width, group))
 
     def scores_of(tile: _Tile) -> Tensor:
-        scores = torch.bmm(queries[: tile.count * kv_heads], _gather(cache.keys, tile).transpose(1, 2))
+        scores = torch.bmm(queries[: tile.count * kv_heads], _gather(cache.keys, key_scales, tile).transpose(1, 2))
         hidden = tile.hidden[window]
         if hidden is not None:
             scores.view(tile.count, kv_heads, width, KV_TILE).add_(hidden)
         return scores
 
     def mix(tile: _Tile, weights: Tensor) -> Tensor:
-        return torch.bmm(weights, _gather(cache.values, tile))
+        return torch.bmm(weights, _gather(cache.values, value_scales, tile))
 
     def reach(tile: _Tile) -> tuple[slice, ...]:
         return (slice(0, tile.count * kv_heads),)
@@ -338,6 +347,7 @@ def _prefill(grouped: Tensor, cache: KVCache, chunk: _Chunk, window: int | None,
     """Many queries of one sequence."""
     _, kv_heads, group, head_dim = grouped.shape
     rows = slice(chunk.row, chunk.row + chunk.length)
+    key_scales, value_scales = cache.scales or (None, None)
     width = QUERY_TILE * group
     tiled = torch.zeros(kv_heads, chunk.query_tiles * QUERY_TILE, group, head_dim)
     inner = slice(chunk.lead, chunk.lead + chunk.length)
@@ -345,7 +355,9 @@ def _prefill(grouped: Tensor, cache: KVCache, chunk: _Chunk, window: int | None,
     queries = tiled.view(kv_heads, chunk.query_tiles * width, head_dim)
 
     def scores_of(tile: _Tile) -> Tensor:
-        scores = _products(queries[:, tile.first * width :], _gather(cache.keys, tile).transpose(1, 2), group, head_dim)
+        scores = _products(
+            queries[:, tile.first * width :], _gather(cache.keys, key_scales, tile).transpose(1, 2), group, head_dim
+        )
         hidden = tile.hidden[window]
         if hidden is not None:
             reach = hidden.shape[0]
@@ -354,7 +366,7 @@ def _prefill(grouped: Tensor, cache: KVCache, chunk: _Chunk, window: int | None,
         return scores
 
     def mix(tile: _Tile, weights: Tensor) -> Tensor:
-        return _products(weights, _gather(cache.values, tile), group, head_dim)
+        return _products(weights, _gather(cache.values, value_scales, tile), group, head_dim)
 
     def reach(tile: _Tile) -> tuple[slice, ...]:
         return slice(None), slice(tile.first * width, None)

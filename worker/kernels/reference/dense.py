@@ -16,13 +16,11 @@ from torch import Tensor
 from worker.kernels.interface import WeightSpec
 from worker.kernels.quantized import QuantizedWeight, dequantize, quantize
 
-ROW_TILE = 8
-"""Rows come in multiples of this: fewer cost as much, since a product of so few rows waits for the weight."""
-
 CANONICAL_ROWS = 32
 
-_PRODUCT_ROWS = (512, 256, 128, 64, 32, 24, 16, 8)
-"""Numbers of rows of one product, tried from the largest. Few, since each is a kernel compiled for every shape."""
+_FEW_ROWS = (1, 2, 4, 8, 16, 24, CANONICAL_ROWS)
+_MANY_ROWS = (512, 256, 128, 64, CANONICAL_ROWS)
+"""Numbers of rows of one product. Not more of them, since each is a kernel compiled for every shape."""
 
 _ProductKey = tuple[int, int, torch.Size, torch.dtype, bool, bool]
 
@@ -98,19 +96,20 @@ def nbytes(prepared: ReferenceLinear) -> int:
 
 
 def linear(x: Tensor, prepared: ReferenceLinear) -> Tensor:
-    """x @ weight.T + bias in as few products as keep every row's bits. Raises ValueError for rows without padding."""
-    rows = x.shape[0]
-    if rows % ROW_TILE:
-        raise ValueError(f"linear takes a multiple of {ROW_TILE} rows, got {rows}")
+    """x @ weight.T + bias in as few products as keep every row's bits."""
     products, start = [], 0
-    while start < rows:
-        size = next((size for size in _PRODUCT_ROWS if size <= rows - start and same_bits(prepared, size)), None)
-        if size is None:
-            products.append(_canonical(x[start:], prepared))
-            break
-        products.append(_product(x[start : start + size], prepared))
-        start += size
+    while start < x.shape[0]:
+        rows = _product_rows(prepared, x.shape[0] - start)
+        products.append(_padded_product(x[start : start + rows], prepared, rows))
+        start += rows
     return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def _product_rows(prepared: ReferenceLinear, left: int) -> int:
+    """How many rows the next product has: the fewest that hold all that are left, or else as many as there are."""
+    if left <= CANONICAL_ROWS:
+        return next(rows for rows in _FEW_ROWS if rows >= left and same_bits(prepared, rows))
+    return next(rows for rows in _MANY_ROWS if rows <= left and same_bits(prepared, rows))
 
 
 _tested: dict[_ProductKey, bool] = {}
@@ -137,21 +136,27 @@ def _test(key: _ProductKey, prepared: ReferenceLinear) -> bool:
     rows, (outer, inner), dtype = key[0], weight.shape, weight.dtype
     outputs = 2**14 if dtype.itemsize > 2 else 2**20
     generator = torch.Generator().manual_seed(rows)
-    products = -(-min(outputs // outer, 4096) // rows) or 1
+    products = -(-max(2, min(outputs // outer, 4096)) // rows)
     x = torch.randn(products * rows, inner, generator=generator).to(dtype)
     wanted = _canonical(x, prepared)
     equal = torch.equal(torch.cat([_product(part, prepared) for part in torch.split(x, rows)]), wanted)
     # A weight of zeros, say, shows nothing of the order: its outcome is right for itself but not for others.
-    if not equal or int(torch.count_nonzero(wanted[1:] != wanted[:-1])) * 2 > wanted.numel():
+    if not equal or int(torch.count_nonzero(wanted[1:] != wanted[:-1])) * 2 > wanted[1:].numel():
         _tested[key] = equal
     return equal
 
 
 def _canonical(x: Tensor, prepared: ReferenceLinear) -> Tensor:
     """Any number of rows, in products of `CANONICAL_ROWS`."""
-    rows = x.shape[0]
-    full = torch.constant_pad_nd(x, (0, 0, 0, -rows % CANONICAL_ROWS))
-    return torch.cat([_product(part, prepared) for part in torch.split(full, CANONICAL_ROWS)])[:rows]
+    return torch.cat([_padded_product(part, prepared, CANONICAL_ROWS) for part in torch.split(x, CANONICAL_ROWS)])
+
+
+def _padded_product(x: Tensor, prepared: ReferenceLinear, rows: int) -> Tensor:
+    """`x` in a product of `rows` rows, the missing ones zeros."""
+    count = x.shape[0]
+    if count == rows:
+        return _product(x, prepared)
+    return _product(torch.constant_pad_nd(x, (0, 0, 0, rows - count)), prepared)[:count]
 
 
 def _product(x: Tensor, prepared: ReferenceLinear) -> Tensor:

@@ -15,6 +15,15 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors as an int8 cache holds them: codes, and the scales [...] that make numbers of them. A vector with a
+    not-a-number or an infinity has a scale of not-a-number."""
+    rows = rows.to(torch.float32)
+    scales = rows.abs().amax(-1, keepdim=True) / 127.0
+    codes = torch.where(scales > 0, rows / scales, 0.0).round_().clamp_(-127.0, 127.0)
+    return codes.nan_to_num_(0.0).to(torch.int8), torch.where(scales.isinf(), torch.nan, scales).squeeze(-1)
+
+
 def rope_and_cache(
     qkv: Tensor,
     cos: Tensor,
@@ -36,11 +45,12 @@ def rope_and_cache(
         turned = turned * scale * weights
     turned = rotate(turned, cos, sin).to(qkv.dtype)
     tokens = slots.shape[0]
-    for pool, written in (
-        (cache.keys, turned[:tokens, q_heads:]),
-        (cache.values, heads[:tokens, q_heads + kv_heads :]),
-    ):
+    written = turned[:tokens, q_heads:], heads[:tokens, q_heads + kv_heads :]
+    for index, (pool, rows) in enumerate(zip((cache.keys, cache.values), written, strict=True)):
+        if cache.scales is not None:
+            rows, scales = encode(rows)
+            cache.scales[index].view(kv_heads, num_blocks * block_size).index_copy_(1, slots, scales.t())
         pool.view(kv_heads, num_blocks * block_size, head_dim).index_copy_(
-            1, slots, written.transpose(0, 1).to(pool.dtype)
+            1, slots, rows.transpose(0, 1).to(pool.dtype)
         )
     return turned[:, :q_heads]

@@ -142,45 +142,35 @@ constexpr auto kMix = mixes<T>(std::make_index_sequence<kRows>());
 // Elements d to d + depth - 1 of as many keys as a vector has lanes, as columns: to[i * kPanel + key].
 template <class T>
 void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, float* to) {
+    constexpr int64_t kParts = 4 / sizeof(T), kWide = kParts * kLanes;
     u32v x[kLanes];
+    const auto columns = [&](int64_t count) {
+        transpose(x);
+        for (int64_t j = 0; j < count / kParts; ++j, to += kParts * kPanel) {
+            f32v parts[kParts];
+            unpack(x[j], T{}, parts);
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < kParts; ++i) store(to + i * kPanel, parts[i]);
+        }
+    };
     // As many of the rows ahead as these elements are of the rows at hand.
     const auto ask = [&](int64_t begin, int64_t end) {
         for (int64_t key = kLanes * begin / dim; key < kLanes * end / dim; ++key)
             prefetch(keys[key + kAhead], dim * int64_t(sizeof(T)));
     };
-    if constexpr (sizeof(T) == 4) {
-        for (int64_t i = 0; i < depth; i += kLanes, to += kLanes * kPanel) {
-            ask(d + i, d + i + kLanes);
-            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d + i);
-            transpose(x);
-            for (int j = 0; j < kLanes; ++j) store(to + j * kPanel, x[j]);
-        }
-    } else {
-        for (int64_t i = 0; i + 2 * kLanes <= depth; i += 2 * kLanes, to += 2 * kLanes * kPanel) {
-            ask(d + i, d + i + 2 * kLanes);
-            for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d + i);
-            transpose(x);
-            for (int j = 0; j < kLanes; ++j) {
-                f32v even, odd;
-                split_pairs(x[j], T{}, even, odd);
-                store(to + 2 * j * kPanel, even);
-                store(to + (2 * j + 1) * kPanel, odd);
-            }
-        }
-        if (depth % (2 * kLanes) == 0) return;
-        ask(d + depth - kLanes, d + depth);
-        for (int key = 0; key < kLanes; ++key) {  // the last elements, half a vector of pairs
-            x[key] = u32v{};
-            std::memcpy(&x[key], keys[key] + d + depth - kLanes, kLanes * sizeof(T));
-        }
-        transpose(x);
-        for (int j = 0; j < kLanes / 2; ++j) {
-            f32v even, odd;
-            split_pairs(x[j], T{}, even, odd);
-            store(to + 2 * j * kPanel, even);
-            store(to + (2 * j + 1) * kPanel, odd);
-        }
+    for (const int64_t end = d + depth / kWide * kWide; d < end; d += kWide) {
+        ask(d, d + kWide);
+        for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d);
+        columns(kWide);
     }
+    const int64_t left = depth % kWide;
+    if (!left) return;
+    ask(d, d + left);
+    for (int key = 0; key < kLanes; ++key) {
+        x[key] = u32v{};
+        std::memcpy(&x[key], keys[key] + d, size_t(left) * sizeof(T));
+    }
+    columns(left);
 }
 
 // The keys of a tile that a row, or a block of rows, reads: [from, to), counted within the tile; none where from >= to.
@@ -193,8 +183,11 @@ struct Soft {
     float peak, total;
 };
 
-// Scores to weights, in place; within [first, last), multiples of kLanes, what `span` leaves out becomes 0.
-__attribute__((noinline)) Soft soften(float* scores, Span span, int first, int last) {
+// Scores to weights, in place; within [first, last), multiples of kLanes, what `span` leaves out becomes 0. Where keys and
+// values are codes, a score is multiplied by its key's scale first, and in the end a weight by its value's.
+template <bool scaled>
+__attribute__((noinline)) Soft soften(float* scores, Span span, int first, int last, const float* key_scales,
+                                      const float* value_scales) {
     i32v lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = i;
     const auto read = [&](int k) { return (lanes + k >= span.from) & (lanes + k < span.to); };
@@ -202,10 +195,9 @@ __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int l
     f32v peaks = splat(kNoScore);
     for (int k = first; k < last; k += kLanes) {
         f32v score = load<f32v>(scores + k);
-        if (k < from || k >= to) {
-            score = read(k) ? score : splat(kNoScore);
-            store(scores + k, score);
-        }
+        if constexpr (scaled) score *= load<f32v>(key_scales + k);
+        if (k < from || k >= to) score = read(k) ? score : splat(kNoScore);
+        if (scaled || k < from || k >= to) store(scores + k, score);
         peaks = max(score, peaks);
     }
     // Where nothing is read the peak is kNoScore itself, and weights are made 0 below.
@@ -214,8 +206,9 @@ __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int l
     for (int k = first; k < last; k += kLanes) {
         f32v weight = exp(load<f32v>(scores + k) - peak);
         if (k < from || k >= to) weight = read(k) ? weight : f32v{};
-        store(scores + k, weight);
         totals += weight;
+        if constexpr (scaled) weight *= load<f32v>(value_scales + k);
+        store(scores + k, weight);
     }
     return {peak, sum(totals)};
 }
@@ -248,6 +241,7 @@ struct Scratch {
     float* panel;        // [kDepth, kPanel]
     float* queries;      // [rows, dim], scaled
     float* scores;       // [rows, kTile]
+    float* scales;       // [2, kTile]: the tile's keys' and values', where they are codes
     float* tile;         // [rows, dim]: one tile's mixed values
     float* mixed;        // [rows, dim]
 };
@@ -361,7 +355,8 @@ class Attention {
         const int64_t lines = bytes(2 * kTile + kAhead, sizeof(void*)), panel = bytes(kDepth * kPanel, sizeof(float));
         const int64_t spans = bytes(rows, sizeof(Span)), softs = bytes(rows, sizeof(Soft));
         const int64_t scores = bytes(rows * kTile, sizeof(float)), mixed = bytes(rows * dim_, sizeof(float));
-        char* at = static_cast<char*>(scratch(0, lines + panel + spans + 2 * softs + scores + 3 * mixed));
+        const int64_t scales = bytes(2 * kTile, sizeof(float));
+        char* at = static_cast<char*>(scratch(0, lines + panel + spans + 2 * softs + scores + scales + 3 * mixed));
         const auto take = [&at](int64_t size) { return static_cast<void*>(std::exchange(at, at + size)); };
         Scratch s;
         s.lines = static_cast<const void**>(take(lines));
@@ -371,6 +366,7 @@ class Attention {
         s.tile_softs = static_cast<Soft*>(take(softs));
         s.queries = static_cast<float*>(take(mixed));
         s.scores = static_cast<float*>(take(scores));
+        s.scales = static_cast<float*>(take(scales));
         s.tile = static_cast<float*>(take(mixed));
         s.mixed = static_cast<float*>(take(mixed));
         return s;
@@ -399,6 +395,10 @@ class Attention {
         std::memset(s.mixed, 0, size_t(rows * dim_) * sizeof(float));
         for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
             find<T>(unit, end, tile, s.lines);
+            if constexpr (kScaled<T>) {
+                find_scales(item, head, tile, cache_.key_scales, s.scales);
+                find_scales(item, head, tile, cache_.value_scales, s.scales + kTile);
+            }
             if (item.part < 0) {
                 attend<T>(item, tile, s, s.tile_softs, s.tile);
                 merge_tile(item, tile, s, s.tile_softs, s.tile);
@@ -455,6 +455,21 @@ class Attention {
         return lines;
     }
 
+    // The scales of the keys or values that the item reads of a tile, where the tile has them; 0 up to the next vector.
+    void find_scales(const Item& item, int64_t head, int64_t tile, const float* pool, float* scales) const {
+        const int64_t* table = chunks_.tables + chunks_.table_starts[item.chunk];
+        const int64_t size = cache_.block_size;
+        const Span all = span(item, tile, 0, item.queries);
+        for (int key = all.from / kLanes * kLanes; key < all.to;) {
+            const int64_t position = tile * kTile + key, within = position % size;
+            const int64_t count = std::min<int64_t>(size - within, all.to - key);
+            std::memcpy(scales + key, pool + (head * cache_.blocks + table[position / size]) * size + within,
+                        size_t(count) * sizeof(float));
+            key += int(count);
+        }
+        for (int key = all.to; key % kLanes; ++key) scales[key] = 0.0f;
+    }
+
     // See Scratch::lines. Keys are rounded up to whole vectors by the last one; the next tile may be another unit's.
     template <class T>
     void find(int64_t unit, int64_t end, int64_t tile, const void** lines) const {
@@ -494,8 +509,8 @@ class Attention {
         for (int64_t row = 0; row < rows; row += kRows) {
             const Span block = block_span(s, row, rows);
             for (int64_t i = row; i < std::min(rows, row + kRows); ++i) {
-                softs[i] = soften(s.scores + i * kTile, s.spans[i], block.from / kLanes * kLanes,
-                                  (block.to + kLanes - 1) / kLanes * kLanes);
+                softs[i] = soften<kScaled<T>>(s.scores + i * kTile, s.spans[i], block.from / kLanes * kLanes,
+                                              (block.to + kLanes - 1) / kLanes * kLanes, s.scales, s.scales + kTile);
             }
         }
         if (rows > kFewRows) return mix_packed(rows, values, s, first, to, mixed);

@@ -7,10 +7,13 @@
 
 namespace qwire {
 
-// One layer's cache: keys and values each [kv_heads, blocks, block_size, head_dim], contiguous.
+// One layer's cache: keys and values each [kv_heads, blocks, block_size, head_dim], contiguous; where they are codes,
+// their scales are [kv_heads, blocks, block_size].
 struct PagedCache {
     const void* keys;
     const void* values;
+    const float* key_scales;
+    const float* value_scales;
     KvType type;
     int64_t kv_heads, blocks, block_size, head_dim;  // block_size: a power of two; head_dim: a multiple of 16
 };

@@ -2,6 +2,8 @@
 // turned into columns.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace qwire {
@@ -14,7 +16,11 @@ struct Half {
     uint16_t bits;
 };
 
-enum class KvType : int { kFloat32, kBfloat16, kFloat16 };
+enum class KvType : int { kFloat32, kBfloat16, kFloat16, kInt8 };
+
+// Whether an element is a code, to be multiplied by the scale of its vector.
+template <class T>
+constexpr bool kScaled = std::is_same_v<T, int8_t>;
 
 // Calls f(T{}) with the type's element.
 template <class F>
@@ -23,6 +29,7 @@ QWIRE_INLINE void with_type(KvType type, F&& f) {
         case KvType::kFloat32: return f(float{});
         case KvType::kBfloat16: return f(Bf16{});
         case KvType::kFloat16: return f(Half{});
+        case KvType::kInt8: return f(int8_t{});
     }
 }
 
@@ -62,19 +69,38 @@ QWIRE_INLINE u16v narrow_half(f32v x) {
 QWIRE_INLINE f32v widen(const float* from) { return load<f32v>(from); }
 QWIRE_INLINE f32v widen(const Bf16* from) { return widen_bf16(load<u16v>(from)); }
 QWIRE_INLINE f32v widen(const Half* from) { return widen_half(load<u16v>(from)); }
+QWIRE_INLINE f32v widen(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+    return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<i8v>(from), i32v), f32v);
+#endif
+}
 
 QWIRE_INLINE void narrow(float* to, f32v x) { store(to, x); }
 QWIRE_INLINE void narrow(Bf16* to, f32v x) { store(to, narrow_bf16(x)); }
 QWIRE_INLINE void narrow(Half* to, f32v x) { store(to, narrow_half(x)); }
-
-// Two neighbours packed in each lane, apart.
-QWIRE_INLINE void split_pairs(u32v x, Bf16, f32v& even, f32v& odd) {
-    even = (f32v)(x << 16);
-    odd = (f32v)(x & 0xffff0000u);
+// To the nearest whole number, ties to even; from -127 to 127.
+QWIRE_INLINE void narrow(int8_t* to, f32v x) {
+    const f32v magic = splat(12582912.0f);  // 1.5 * 2^23
+    store(to, __builtin_convertvector((i32v)(x + magic) - (i32v)magic, i8v));
 }
-QWIRE_INLINE void split_pairs(u32v x, Half, f32v& even, f32v& odd) {
-    even = widen_half(__builtin_convertvector(x, u16v));
-    odd = widen_half(__builtin_convertvector(x >> 16, u16v));
+
+// The neighbours packed in each lane, apart.
+QWIRE_INLINE void unpack(u32v x, float, f32v (&parts)[1]) { parts[0] = (f32v)x; }
+QWIRE_INLINE void unpack(u32v x, Bf16, f32v (&parts)[2]) {
+    parts[0] = (f32v)(x << 16);
+    parts[1] = (f32v)(x & 0xffff0000u);
+}
+QWIRE_INLINE void unpack(u32v x, Half, f32v (&parts)[2]) {
+    parts[0] = widen_half(__builtin_convertvector(x, u16v));
+    parts[1] = widen_half(__builtin_convertvector(x >> 16, u16v));
+}
+QWIRE_INLINE void unpack(u32v x, int8_t, f32v (&parts)[4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) parts[i] = __builtin_convertvector((i32v)(x << (24 - 8 * i)) >> 24, f32v);
 }
 
 #if defined(__AVX512F__)

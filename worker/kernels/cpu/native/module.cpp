@@ -45,14 +45,15 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void paged_attention(Address queries, int64_t query_stride, int64_t q_heads, Address keys, Address values, int kv_type,
-                     int64_t kv_heads, int64_t blocks, int64_t block_size, int64_t head_dim, Address starts,
-                     Address lengths, Address tables, Address table_starts, int64_t chunks, int64_t window,
-                     Address out) {
+void paged_attention(Address queries, int64_t query_stride, int64_t q_heads, Address keys, Address values,
+                     Address key_scales, Address value_scales, int kv_type, int64_t kv_heads, int64_t blocks,
+                     int64_t block_size, int64_t head_dim, Address starts, Address lengths, Address tables,
+                     Address table_starts, int64_t chunks, int64_t window, Address out) {
     const py::gil_scoped_release unlocked;
     qwire::paged_attention(
         at<const float>(queries), query_stride, q_heads,
-        {at<const void>(keys), at<const void>(values), qwire::KvType(kv_type), kv_heads, blocks, block_size, head_dim},
+        {at<const void>(keys), at<const void>(values), at<const float>(key_scales), at<const float>(value_scales),
+         qwire::KvType(kv_type), kv_heads, blocks, block_size, head_dim},
         {at<const int64_t>(starts), at<const int64_t>(lengths), at<const int64_t>(tables),
          at<const int64_t>(table_starts), chunks},
         window, at<float>(out));
@@ -67,12 +68,13 @@ void rms_norm(Address x, Address residual, Address weight, float eps, Address ou
 
 void rope_and_cache(Address qkv, Address cos, Address sin, Address q_norm, Address k_norm, float eps, Address slots,
                     int64_t rows, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
-                    int64_t slots_a_head, Address keys, Address values, int kv_type, Address out) {
+                    int64_t slots_a_head, Address keys, Address values, Address key_scales, Address value_scales,
+                    int kv_type, Address out) {
     const py::gil_scoped_release unlocked;
     qwire::rope_and_cache({at<const float>(qkv), at<const float>(cos), at<const float>(sin), at<const float>(q_norm),
                            at<const float>(k_norm), eps, at<const int64_t>(slots), rows, tokens, q_heads, kv_heads,
-                           head_dim, slots_a_head, at<void>(keys), at<void>(values), qwire::KvType(kv_type),
-                           at<float>(out)});
+                           head_dim, slots_a_head, at<void>(keys), at<void>(values), at<float>(key_scales),
+                           at<float>(value_scales), qwire::KvType(kv_type), at<float>(out)});
 }
 
 void silu_mul(Address gate_up, Address out, int64_t rows, int64_t size) {

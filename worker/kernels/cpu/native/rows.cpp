@@ -99,6 +99,30 @@ QWIRE_INLINE void turn(const float* head, const float* weight, float eps, const 
     });
 }
 
+// Writes a vector to its slot, and its scale where elements are codes: the largest element takes the greatest code. A vector
+// with a not-a-number or an infinity gets a scale of not-a-number, so that it does not go unseen.
+template <class T>
+QWIRE_INLINE void keep(const float* from, int64_t dim, void* pool, float* scales, int64_t slot) {
+    T* to = static_cast<T*>(pool) + slot * dim;
+    if constexpr (kScaled<T>) {
+        f32v most{}, poison{};
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            const f32v x = load<f32v>(from + d);
+            most = max(most, max(x, -x));
+            poison = fma(x, f32v{}, poison);
+        }
+        const float scale = max(most) / 127.0f + sum(poison);
+        const f32v factor = splat(scale > 0.0f ? 1.0f / scale : 0.0f);
+        scales[slot] = scale;
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            const f32v code = load<f32v>(from + d) * factor;
+            narrow(to + d, max(splat(-127.0f), code < splat(127.0f) ? code : splat(127.0f)));
+        }
+    } else {
+        for (int64_t d = 0; d < dim; d += kLanes) narrow(to + d, load<f32v>(from + d));
+    }
+}
+
 template <class T>
 void rope_row(const Rotation& r, int64_t row) {
     const int64_t dim = r.head_dim;
@@ -111,11 +135,9 @@ void rope_row(const Rotation& r, int64_t row) {
     for (int64_t head = 0; head < r.kv_heads; ++head) {
         turn(heads + (r.q_heads + head) * dim, r.k_norm, r.eps, cos, sin, key, dim);
         const float* value = heads + (r.q_heads + r.kv_heads + head) * dim;
-        const int64_t slot = (head * r.slots_a_head + r.slots[row]) * dim;
-        for (int64_t d = 0; d < dim; d += kLanes) {
-            narrow(static_cast<T*>(r.keys) + slot + d, load<f32v>(key + d));
-            narrow(static_cast<T*>(r.values) + slot + d, load<f32v>(value + d));
-        }
+        const int64_t slot = head * r.slots_a_head + r.slots[row];
+        keep<T>(key, dim, r.keys, r.key_scales, slot);
+        keep<T>(value, dim, r.values, r.value_scales, slot);
     }
 }
 

@@ -28,6 +28,8 @@ struct Rotation {
     int64_t rows, tokens, q_heads, kv_heads, head_dim, slots_a_head;
     void* keys;
     void* values;
+    float* key_scales;  // [kv_heads, slots_a_head] where the cache holds codes
+    float* value_scales;
     KvType type;
     float* out;
 };

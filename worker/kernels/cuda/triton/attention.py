@@ -304,8 +304,9 @@ _NO_WINDOW = 2**31 - 1 - 2**24
 _LOG2_E = 1.4426950408889634
 
 
-def _scales(cache: KVCache, scales: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def _scales(cache: KVCache) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The scales' tensors and strides; where there are none, a stand-in that is not read."""
+    scales = cache.scales
     if scales is None:
         if cache_format(cache) == INT8.value:
             raise ValueError("an int8 cache needs scales")
@@ -321,18 +322,17 @@ def decode_attention(
     max_keys: int,
     window: int | None,
     out: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one query a sequence, at its last position: [S, Q, D] to `out` [S, Q, D].
 
     `tables` int32 [S, blocks], `key_lengths` int32 [S]: positions written, the query's among them; 0 gives zeros.
-    `max_keys` bounds them: it sets the grid, and is a graph's longest. For `scales` see `rope.rope_and_cache`.
+    `max_keys` bounds them: it sets the grid, and is a graph's longest.
     """
     sequences, q_heads, head_dim = queries.shape
     kv_heads, _, block_size, _ = cache.keys.shape
     group, splits = q_heads // kv_heads, max(1, tiles(max_keys, SPLIT))
     coding, device = cache_format(cache), queries.device
-    key_scales, value_scales, scale_strides = _scales(cache, scales)
+    key_scales, value_scales, scale_strides = _scales(cache)
     peaks, totals = torch.empty(2, sequences, q_heads, splits, dtype=torch.float32, device=device).unbind()
     mixes = torch.empty(sequences, q_heads, splits, head_dim, dtype=torch.float32, device=device)
     width = _NO_WINDOW if window is None else window
@@ -363,7 +363,7 @@ def decode_attention(
         BLOCK_M=max(16, power_of_two(group)),
         BLOCK_D=power_of_two(head_dim),
         FORMAT=coding,
-        SCALED=scales is not None,
+        SCALED=cache.scales is not None,
         **launch("decode", shape, arch),
     )
     merge_kernel[(sequences, q_heads)](
@@ -391,7 +391,6 @@ def ragged_attention(
     query_starts: Tensor,
     window: int | None,
     out: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of chunks of any lengths, the last queries of their sequences: [rows, Q, D] to `out` [rows, Q, D].
 
@@ -403,7 +402,7 @@ def ragged_attention(
     group = q_heads // kv_heads
     sequences = tables.shape[0]
     coding, device = cache_format(cache), queries.device
-    key_scales, value_scales, scale_strides = _scales(cache, scales)
+    key_scales, value_scales, scale_strides = _scales(cache)
     shape = "wide" if queries.dtype == torch.float32 else "half" if coding == PLAIN.value else "coded"
     config = launch("ragged", shape, architecture(device))
     group_p2 = power_of_two(group)
@@ -434,7 +433,7 @@ def ragged_attention(
         SPLIT=SPLIT,
         BLOCK_D=power_of_two(head_dim),
         FORMAT=coding,
-        SCALED=scales is not None,
+        SCALED=cache.scales is not None,
         **{**config, "BLOCK_M": block_m},
     )
     return out

@@ -139,18 +139,16 @@ def rope_and_cache(
     k_norm: Tensor | None,
     eps: float,
     out: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `Kernels.rope_and_cache`: queries into `out`, [T, Q, D].
 
-    The cache's tensors are [K, blocks, block size, D] in any order of strides, of which D's is 1 and both are the same;
-    `scales` are float32 [K, blocks, block size] for keys and for values. A negative slot is not written.
-    Raises ValueError for an int8 cache without scales.
+    The cache's tensors are [K, blocks, block size, D] in any order of strides, of which D's is 1 and both are the same.
+    A negative slot is not written. Raises ValueError for an int8 cache without scales.
     """
     kv_heads, _, block_size, head_dim = cache.keys.shape
     rows, width = qkv.shape
     q_heads = width // head_dim - 2 * kv_heads
-    coding = cache_format(cache)
+    coding, scales = cache_format(cache), cache.scales
     if coding == INT8.value and scales is None:
         raise ValueError("an int8 cache needs scales")
     norms = q_norm is not None and k_norm is not None
