@@ -43,6 +43,8 @@ class TimedModule:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
+        if name == "Program":
+            return type("Program", (function,), {"run": self._timed(function.run)})
         timed = self._timed(function) if callable(function) else function
         setattr(self, name, timed)
         return timed

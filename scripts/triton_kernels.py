@@ -184,7 +184,7 @@ def _attention_calls(
     kv_heads, rows = 8, 32
     pool = _empty(kv_heads, 1000, 16, head_dim, dtype=coding)
     scale = _empty(kv_heads, 1000, 16, dtype=torch.float32)
-    cache = KVCache(pool, pool, (scale, scale) if coding != dtype else None)
+    cache = KVCache(pool, pool, scales=(scale, scale) if coding != dtype else None)
     queries = _empty(rows, kv_heads * group, head_dim, dtype=dtype)
     qkv = _empty(rows, kv_heads * (group + 2) * head_dim, dtype=dtype)
     turns, norm = _empty(rows, head_dim // 2, dtype=torch.float32), _empty(head_dim, dtype=dtype)

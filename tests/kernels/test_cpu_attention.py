@@ -62,7 +62,7 @@ class Case:
         coded = dtype == torch.int8
         pools = [torch.full(shape, 99 if coded else torch.nan, dtype=dtype) for _ in range(2)]
         scales = torch.full(shape[:3], torch.nan), torch.full(shape[:3], torch.nan)
-        cache = KVCache(pools[0], pools[1], scales if coded else None)
+        cache = KVCache(*pools, scales=scales if coded else None)
         meant = []
         for table, pair in zip(tables, written, strict=True):
             positions = torch.arange(pair[0].shape[1])

@@ -123,7 +123,7 @@ def test_a_cache_of_codes_is_the_reference_s(isa: str, head_dim: int, kv_heads: 
     caches = []
     for kernels in (REFERENCE.rope_and_cache, partial(rope_and_cache, module(isa))):
         pools = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8)
-        caches.append(KVCache(*pools, (torch.zeros(shape[:3]), torch.zeros(shape[:3]))))
+        caches.append(KVCache(*pools, scales=(torch.zeros(shape[:3]), torch.zeros(shape[:3]))))
         kernels(qkv, angles.cos(), angles.sin(), caches[-1], slots, None, None, 1e-6)
     (_, *wanted), (_, *got) = ((cache.keys, cache.values, *(cache.scales or ())) for cache in caches)
     for theirs, ours in zip(wanted[1:], got[1:], strict=True):

@@ -6,8 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.helpers.native_modules import each_isa, module
+from worker.kernels.cpu.select import NativeSelection
 from worker.kernels.philox import MAX_GUMBEL, gumbel, philox
+from worker.kernels.reference.sampling import TORCH, Counters
 
 ONES = 0xFFFFFFFF
 
@@ -31,17 +36,37 @@ def test_known_answers(counter: tuple[int, int, int, int], key: tuple[int, int],
 
 
 def test_gumbel_is_gumbel() -> None:
-    zero = torch.tensor(0)
-    noise = gumbel(torch.arange(200_000), torch.tensor(3), torch.tensor(1), torch.tensor(42), zero)
+    words = words_of(torch.arange(200_000), 3, 1, 42)
+    noise = gumbel(words)
+    assert torch.equal(words, words_of(torch.arange(200_000), 3, 1, 42))
     assert noise.dtype == torch.float32 and torch.isfinite(noise).all() and noise.max() <= MAX_GUMBEL
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.03)
 
 
 def test_every_input_matters() -> None:
-    base = [torch.tensor(value) for value in (5, 6, 7, 8, 9)]
-    plain = gumbel(*base)
-    for index in range(5):
-        changed = list(base)
-        changed[index] = changed[index] + 1
-        assert gumbel(*changed) != plain
+    plain = words_of(torch.tensor([5]), 6, 7, 8 + (9 << 32))
+    for changed in ((6, 6, 7, 8, 9), (5, 7, 7, 8, 9), (5, 6, 8, 8, 9), (5, 6, 7, 9, 9), (5, 6, 7, 8, 10)):
+        token, position, choice, low, high = changed
+        assert words_of(torch.tensor([token]), position, choice, low + (high << 32)) != plain
+
+
+@each_isa
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5), st.integers(0, 99))
+def test_compiled_words_are_these(isa: str, count: int, rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids, of = (torch.randint(high, (count,), generator=generator) for high in (2**18, rows))
+    position, choice, seeds = (
+        torch.randint(low, high, (rows,), generator=generator)
+        for low, high in ((0, 2**31), (0, 16), (-(2**63), 2**63 - 1))
+    )
+    counters = Counters(position, choice, seeds)
+    for threads in (1, 2):
+        words = NativeSelection(module(isa, threads)).words(ids, of, counters)
+        assert torch.equal(words, TORCH.words(ids, of, counters))
+
+
+def words_of(ids: torch.Tensor, position: int, choice: int, seed: int) -> torch.Tensor:
+    counters = Counters(*(torch.tensor([value]) for value in (position, choice, seed)))
+    return TORCH.words(ids, torch.zeros_like(ids), counters)

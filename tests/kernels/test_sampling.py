@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worker.kernels import ReferenceKernels, SamplingBatch
-from worker.kernels.philox import gumbel
+from worker.kernels.philox import gumbel, philox
 
 KERNELS = ReferenceKernels()
 
@@ -36,6 +36,11 @@ def draws(count: int, **given: Any) -> SamplingBatch:
     )
 
 
+def draw_from(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """From a copy: a draw may overwrite logits."""
+    return KERNELS.sample(logits.contiguous().clone(), batch)
+
+
 def kept_by_sorting(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
     """The kept ids in order, the naive way."""
     values = (logits / torch.tensor(temperature, dtype=torch.float32)).double()
@@ -50,8 +55,10 @@ def kept_by_sorting(logits: Tensor, temperature: float, top_k: int, top_p: float
 
 def naive_draw(logits: Tensor, temperature: float, kept: list[int], seed: int, choice: int, position: int) -> int:
     ids = torch.tensor(sorted(kept))
-    numbers = [torch.tensor(value) for value in (position, choice, seed & 0xFFFFFFFF, seed >> 32)]
-    scores = logits[ids] / torch.tensor(temperature, dtype=torch.float32) + gumbel(ids, *numbers)
+    counter = [torch.tensor(value) for value in (position, choice, 0)]
+    key = torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)
+    words = philox((ids, counter[0], counter[1], counter[2]), key)[0]
+    scores = logits[ids] / torch.tensor(temperature, dtype=torch.float32) + gumbel(words)
     return int(ids[int((scores == scores.max()).nonzero()[0])])
 
 
@@ -72,7 +79,7 @@ def test_draws_what_sorting_would(
     if grid:
         logits = (logits / grid).round() * grid  # many ties
     batch = draws(3, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=[0, 1, 2])
-    got = KERNELS.sample(logits, batch).tolist()
+    got = draw_from(logits, batch).tolist()
     for row in range(3):
         kept = kept_by_sorting(logits[row], float(np.float32(temperature)), top_k, top_p, min_p)
         # A cut that falls within rounding may go either way.
@@ -86,18 +93,18 @@ def test_draws_what_sorting_would(
 def test_flat_distributions_are_cut_exactly(top_k: int, top_p: float) -> None:
     logits = torch.randn(40_000, generator=torch.Generator().manual_seed(5)) * 0.2
     kept = set(kept_by_sorting(logits, 1.0, top_k, top_p, 0.0))
-    got = set(KERNELS.sample(logits.expand(20, -1), draws(20, top_k=top_k, top_p=top_p)).tolist())
+    got = set(draw_from(logits.expand(20, -1), draws(20, top_k=top_k, top_p=top_p)).tolist())
     assert got <= kept
     # The draw among the kept ids is exact too, so the cut is not merely too small.
     for seed in (0, 1):
         wanted = naive_draw(logits, 1.0, sorted(kept), seed, 0, 0)
-        assert KERNELS.sample(logits[None], draws(1, top_k=top_k, top_p=top_p, seed=seed)).tolist() == [wanted]
+        assert draw_from(logits[None], draws(1, top_k=top_k, top_p=top_p, seed=seed)).tolist() == [wanted]
 
 
 def test_distribution_is_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, 0.3, -3.0, 0.9])
     count = 40_000
-    tokens = KERNELS.sample(logits.expand(count, -1), draws(count, temperature=0.8))
+    tokens = draw_from(logits.expand(count, -1), draws(count, temperature=0.8))
     expected = (logits / 0.8).softmax(-1).double() * count
     observed = torch.bincount(tokens, minlength=len(logits)).double()
     chi_square = float(((observed - expected) ** 2 / expected).sum())
@@ -107,8 +114,8 @@ def test_distribution_is_softmax() -> None:
 def test_positions_and_choices_are_independent() -> None:
     count = 20_000
     logits = torch.zeros(4).expand(count, -1)
-    by_position = KERNELS.sample(logits, draws(count, seed=7, position=np.arange(count)))
-    by_choice = KERNELS.sample(logits, draws(count, seed=7, choice=np.arange(count)))
+    by_position = draw_from(logits, draws(count, seed=7, position=np.arange(count)))
+    by_choice = draw_from(logits, draws(count, seed=7, choice=np.arange(count)))
     pairs = torch.bincount(by_position * 4 + by_choice, minlength=16).double()
     assert float(((pairs - count / 16) ** 2 / (count / 16)).sum()) < 37.7  # 15 degrees of freedom
 
@@ -116,9 +123,9 @@ def test_positions_and_choices_are_independent() -> None:
 def test_ties_go_to_the_lower_id() -> None:
     logits = torch.zeros(2, 5000)
     logits[1, 4321] = logits[1, 17] = 2.0
-    assert KERNELS.sample(logits, draws(2, temperature=0.0)).tolist() == [0, 17]
-    assert KERNELS.sample(logits, draws(2, top_k=1)).tolist() == [0, 17]
-    many = KERNELS.sample(logits[:1].expand(300, -1), draws(300, top_k=3))
+    assert draw_from(logits, draws(2, temperature=0.0)).tolist() == [0, 17]
+    assert draw_from(logits, draws(2, top_k=1)).tolist() == [0, 17]
+    many = draw_from(logits[:1].expand(300, -1), draws(300, top_k=3))
     assert set(many.tolist()) == {0, 1, 2}
 
 
@@ -133,33 +140,33 @@ def test_rows_do_not_depend_on_the_batch() -> None:
         top_p=np.resize([1.0, 0.9, 0.999], count),
         min_p=np.resize([0.0, 0.01], count),
     )
-    together = KERNELS.sample(logits, batch)
+    together = draw_from(logits, batch)
     torch.set_num_threads(2)
-    assert torch.equal(KERNELS.sample(logits, batch), together)
+    assert torch.equal(draw_from(logits, batch), together)
     torch.set_num_threads(1)
     for row in range(count):
         one = replace(batch, **{name: getattr(batch, name)[row : row + 1] for name in SamplingBatch.__slots__})
-        assert KERNELS.sample(logits[row : row + 1], one).tolist() == [int(together[row])]
+        assert draw_from(logits[row : row + 1], one).tolist() == [int(together[row])]
 
 
 def test_masked_ids_are_never_drawn() -> None:
     logits = torch.full((200, 2000), -torch.inf)
     logits[:, [3, 1999]] = 0.0
-    assert set(KERNELS.sample(logits, draws(200, temperature=5.0)).tolist()) == {3, 1999}
-    assert set(KERNELS.sample(logits, draws(200, top_k=50, top_p=0.99)).tolist()) == {3, 1999}
+    assert set(draw_from(logits, draws(200, temperature=5.0)).tolist()) == {3, 1999}
+    assert set(draw_from(logits, draws(200, top_k=50, top_p=0.99)).tolist()) == {3, 1999}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), float("inf")])
 def test_broken_logits_still_give_an_id_and_leave_others_alone(bad: float) -> None:
     logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1))
     batch = draws(2, top_p=0.9)
-    fine = int(KERNELS.sample(logits, batch)[1])
+    fine = int(draw_from(logits, batch)[1])
     logits[0] = bad
-    got = KERNELS.sample(logits, batch).tolist()
+    got = draw_from(logits, batch).tolist()
     assert 0 <= got[0] < 20_000 and got[1] == fine
 
 
 def test_extreme_temperatures() -> None:
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)) * 20
-    assert torch.equal(KERNELS.sample(logits, draws(4, temperature=1e-30)), logits.argmax(-1))
-    assert len(set(KERNELS.sample(logits[:1].expand(100, -1), draws(100, temperature=1e6)).tolist())) > 90
+    assert torch.equal(draw_from(logits, draws(4, temperature=1e-30)), logits.argmax(-1))
+    assert len(set(draw_from(logits[:1].expand(100, -1), draws(100, temperature=1e6)).tolist())) > 90

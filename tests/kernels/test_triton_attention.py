@@ -104,7 +104,7 @@ def test_a_cache_of_eight_bits(dtype: torch.dtype) -> None:
     coded = [(pool.round() if dtype == torch.int8 else pool).to(dtype) for pool in pools]
     meant = KVCache(*(pool.float() * scale[..., None] for pool, scale in zip(coded, scales, strict=True)))
     keys, values = (pool.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for pool in coded)
-    stored = KVCache(keys, values, (scales[0], scales[1]))
+    stored = KVCache(keys, values, scales=(scales[0], scales[1]))
     queries = torch.randn(int(firsts[-1]), 4, 64)
     wanted = reference(queries, meant, batch, None)
     out = torch.empty_like(queries)

@@ -97,7 +97,7 @@ def test_a_cache_of_eight_bits_holds_values_within_half_a_step(dtype: torch.dtyp
     cos, sin = torch.ones(rows, head_dim // 2), torch.zeros(rows, head_dim // 2)
     shape = (kv_heads, 2, 16, head_dim)
     scales = (torch.zeros(shape[:3]), torch.zeros(shape[:3]))
-    cache = KVCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), scales)
+    cache = KVCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), scales=scales)
     slots = torch.tensor([5, -1, 20])
     out = torch.empty(rows, kv_heads, head_dim)
     kernels.rope_and_cache(qkv, cos, sin, cache, slots, None, None, 1e-6, out)

@@ -69,8 +69,8 @@ def test_keys_and_values_as_int8(tmp_path: Path) -> None:
                 for _ in range(2)
             ]
             assert runs[0].token_ids == runs[1].token_ids
-            assert runs[1].finished is not None and runs[1].finished.usage.cached_tokens == 32
-            answers.append(runs[0].choices[0].logprobs[0].logprob)
+            assert runs[1].finished is not None and runs[1].finished.usage.cached_tokens == 39
+            answers.append(runs[0].choices[0].logprobs[0].drawn.logprob)
             (line,) = [line for line in stack.lines if "KV blocks of 16" in line]
             blocks.append(int(line.split(": ")[-1].split()[0]))
     assert told[0].numerics_id != told[1].numerics_id

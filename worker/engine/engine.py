@@ -11,7 +11,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from worker.engine.block_pool import BlockPool, CacheChanges
 from worker.engine.constraint import Standing
@@ -319,20 +319,22 @@ class Engine:
         """Adds the first of the drawn tokens to its sequence; the others each begin a choice with the same prompt."""
         request = sequence.request
         first, *others = drawn
-        start = None
         if sequence.choice == request.first_choice and sequence.num_generated == len(request.choices[sequence.choice]):
             began = sequence.first_scheduled if sequence.first_scheduled is not None else sequence.arrival
             start = Start(
                 sequence.cached_tokens, began - sequence.arrival, self._clock() - began, sequence.prompt_scores[:]
             )
+        else:
+            start = None
         forks = [sequence.fork(choice, token.token_id) for choice, token in enumerate(others, sequence.choice + 1)]
         sequence.unborn = 0
         sequence.take(first.token_id)
-        reports = [_report(member, token) for member, token in zip((sequence, *forks), drawn, strict=True)]
-        reports[0] = replace(reports[0], start=start)
-        self._requests[request.key] += forks
-        for fork in forks:
-            self.scheduler.fork(sequence, fork)
+        reports = [_report(sequence, first, start)]
+        reports += [_report(fork, token, None) for fork, token in zip(forks, others, strict=True)]
+        if forks:
+            self._requests[request.key] += forks
+            for fork in forks:
+                self.scheduler.fork(sequence, fork)
         for member, report in zip((sequence, *forks), reports, strict=True):
             if member.standing is Standing.FAILED:
                 self._failed.append(request.key)
@@ -419,7 +421,7 @@ class Engine:
         return bool(inbox.submits or inbox.aborts or inbox.snapshot or inbox.stopping)
 
 
-def _report(sequence: SequenceState, drawn: Drawn) -> SequenceReport:
+def _report(sequence: SequenceState, drawn: Drawn, start: Start | None) -> SequenceReport:
     """What was drawn for a sequence that has taken it in."""
     index = sequence.num_generated - (drawn.token_id != NO_TOKEN)
-    return SequenceReport(sequence.request.key, sequence.choice, index, drawn, None, sequence.end_reason())
+    return SequenceReport(sequence.request.key, sequence.choice, index, drawn, start, sequence.end_reason())

@@ -12,7 +12,7 @@ chunks, on the block size or on the number of threads. All backends on CPUs are,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -43,7 +43,7 @@ class KVCache:
 
     keys: Tensor
     values: Tensor
-    scales: tuple[Tensor, Tensor] | None = None
+    scales: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
     """The keys' and the values', float32 [K, blocks, block size], where these are codes of 8 bits: a vector's largest
     element has the greatest code, and an element is its code times its vector's scale. An int8 cache has them."""
 
@@ -236,7 +236,7 @@ class Kernels(Protocol):
         ...
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        """Draws one id a row from float32 logits [S, V]; returns int64 [S].
+        """Draws one id a row from float32 logits [S, V], which may be overwritten; returns int64 [S].
 
         Ids are ordered by logit / temperature, falling, ties by rising id. top_k keeps the first k of that order; top_p
         the shortest run from its start whose probabilities (softmax over what top_k kept) sum to at least top_p; min_p

@@ -39,11 +39,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def gumbel(ids: Tensor, position: Tensor, choice: Tensor, seed_low: Tensor, seed_high: Tensor) -> Tensor:
-    """Standard Gumbel noise in float32 for int64 tensors of one (broadcast) shape; at most `MAX_GUMBEL`.
+def gumbel(words: Tensor) -> Tensor:
+    """Standard Gumbel noise in float32 for random words (int64, below 2^32); at most `MAX_GUMBEL`.
 
     u = (word + 0.5) / 2^32, kept below 1 so that its logarithm stays finite; the noise is -log(-log(1 - u)).
     """
-    word = philox((ids, position, choice, torch.zeros_like(ids)), (seed_low, seed_high))[0]
-    uniform = ((word.to(torch.float32) + 0.5) * 2.0**-32).clamp_max(1.0 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+    uniform = words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_max_(1.0 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()

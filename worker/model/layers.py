@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from worker.kernels import Kernels, PreparedLinear
 from worker.model.module import Module
 from worker.model.plan import Shard
 from worker.parallel import Group
+
+Take = Callable[[str, int, int], Tensor]
+"""Memory for a named result of so many rows and columns; see `worker.model.qwen.Buffers`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +122,14 @@ class Head(Linear):
         super().__init__(kernels, Part((vocab_size, hidden_size), vocab_size))
         self.group, self.vocab_size = group, vocab_size
 
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """float32 [rows, V], on rank 0; None on the others."""
-        parts = self.group.gather(self(hidden))
+    def logits(self, hidden: Tensor, take: Take | None = None) -> Tensor | None:
+        """float32 [rows, V], on rank 0; None on the others.
+
+        Args:
+            take: gives memory for them. Fresh memory of that size costs a page fault for each 4 kB.
+        """
+        rows = Shard(self.group.rank, self.group.world).rows(self.vocab_size)
+        parts = self.group.gather(self(hidden, None if take is None else take("logits", hidden.shape[0], rows)))
         if parts is None:
             return None
         if len(parts) == 1:

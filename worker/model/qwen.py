@@ -163,6 +163,6 @@ class CausalLM(Module):
         """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer."""
         return self.model(ids, step, caches)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor | None:
-        """Hidden states [R, H] to float32 logits [R, V], on rank 0."""
-        return self.lm_head.logits(hidden)
+    def compute_logits(self, hidden: Tensor, buffers: Buffers | None = None) -> Tensor | None:
+        """Hidden states [R, H] to float32 logits [R, V], on rank 0; in `buffers` if they are given."""
+        return self.lm_head.logits(hidden, None if buffers is None else buffers.take)

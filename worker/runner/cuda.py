@@ -202,6 +202,10 @@ class CudaRunner(TorchRunner):
         inputs = StepInputs(self._cos[positions], self._sin[positions], slots, attention, self._buffers)
         return self._model(ids, inputs, self.caches)
 
+    def _logits(self, rows: Tensor) -> Tensor | None:
+        """In memory of their own: those of a step that was begun ahead may still be wanted."""
+        return self._model.compute_logits(rows)
+
     def _record(self) -> DecodeGraphs:
         rungs = ladder(self._settings.max_running)
         blocks = -(-self._max_positions // self.block_size)

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worker.engine.plan import Drawn, StepPlan
-from worker.kernels import Kernels, KVCache, choose_kernels
+from worker.kernels import AttentionPlan, Kernels, KVCache, choose_kernels
+from worker.kernels.cpu import CpuKernels
 from worker.model import ModelConfig, ModelError, Shard, check_shares, load_model, resolve_quantization
 from worker.model.config import DTYPES
 from worker.model.layers import Matrix
@@ -22,6 +24,7 @@ from worker.model.rope import rotation_table
 from worker.parallel import Group
 from worker.runner.batch import StepArrays, build_step
 from worker.runner.drawing import draw_all, score_all
+from worker.runner.replay import Replay
 
 SCORED_ROWS = 32
 """Rows whose logits are held at a time where only log-probabilities are wanted of them."""
@@ -112,6 +115,7 @@ class TorchRunner:
             self._model = load_model(folder, self.config, self.kernels, self.dtype, group=group, quantize=quantize)
         self.caches: tuple[KVCache, ...] = ()
         """One a layer."""
+        self._replay: Replay | None = None
         if num_blocks is not None:
             self.make_cache(num_blocks)
 
@@ -132,13 +136,16 @@ class TorchRunner:
             cos, sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
             self._cos, self._sin = cos.to(device), sin.to(device)
             self.caches = tuple(self._new_cache(shape) for _ in range(self.config.num_layers))
+            if isinstance(self.kernels, CpuKernels) and self._world == 1:
+                blocks = -(-self._max_positions // self._block_size)
+                self._replay = Replay(self.kernels, self._compute, self._cos, self._sin, blocks)
 
     def _new_cache(self, shape: tuple[int, ...]) -> KVCache:
         keys, values = (_zeros(shape, self.kv_dtype, self.kernels.device) for _ in range(2))
         if self.kv_dtype != torch.int8:
             return KVCache(keys, values)
         key_scales, value_scales = (_zeros(shape[:3], torch.float32, self.kernels.device) for _ in range(2))
-        return KVCache(keys, values, (key_scales, value_scales))
+        return KVCache(keys, values, scales=(key_scales, value_scales))
 
     @property
     def num_blocks(self) -> int:
@@ -190,7 +197,8 @@ class TorchRunner:
             scored = self._score(hidden, plan)
             if not draws:
                 return scored
-            logits = self._logits(hidden[torch.from_numpy(step.draw_rows)])
+            every = np.array_equal(step.draw_rows, np.arange(len(step.ids)))
+            logits = self._logits(hidden if every else hidden[torch.from_numpy(step.draw_rows)])
             if logits is None:
                 return scored
             drawn = iter(draw_all(self.kernels, logits, draws).read())
@@ -221,7 +229,7 @@ class TorchRunner:
         """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict
         the token after each. Takes num_tokens * vocab * 4 bytes. Ranks other than 0 get no rows."""
         with torch.inference_mode():
-            logits = self._logits(self._hidden(self._build(plan))[: plan.num_tokens])
+            logits = self._model.compute_logits(self._hidden(self._build(plan)))
         return torch.empty(0, self.config.vocab_size) if logits is None else logits
 
     def _build(self, plan: StepPlan) -> StepArrays:
@@ -234,15 +242,16 @@ class TorchRunner:
         )
 
     def _hidden(self, step: StepArrays) -> Tensor:
-        positions = torch.from_numpy(step.positions)
-        inputs = StepInputs(
-            cos=self._cos[positions],
-            sin=self._sin[positions],
-            slots=torch.from_numpy(step.slots),
-            attention=self.kernels.plan_attention(step.ragged, self._kv_heads, self._windows),
-            buffers=self._buffers,
-        )
-        return self._model(torch.from_numpy(step.ids), inputs, self.caches)
+        replayed = None if self._replay is None else self._replay.run(step)
+        if replayed is not None:
+            return replayed
+        ids, positions, slots = (torch.from_numpy(array) for array in (step.ids, step.positions, step.slots))
+        attention = self.kernels.plan_attention(step.ragged, self._kv_heads, self._windows)
+        return self._compute(ids, self._cos[positions], self._sin[positions], slots, attention)
+
+    def _compute(self, ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: AttentionPlan) -> Tensor:
+        return self._model(ids, StepInputs(cos, sin, slots, attention, self._buffers), self.caches)
 
     def _logits(self, rows: Tensor) -> Tensor | None:
-        return self._model.compute_logits(rows)
+        """Where rows are few, in memory that the next call writes to."""
+        return self._model.compute_logits(rows, self._buffers)

@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from worker.kernels.reference.sampling import Counters
+
 
 def _rows(name: str, logits: Tensor) -> tuple[int, int, int]:
     """Address, rows and columns of float32 [S, V]. Raises ValueError."""
@@ -49,6 +51,28 @@ def total_mass(native: ModuleType, logits: Tensor, peaks: Tensor) -> Tensor:
     return masses
 
 
+def divide_rows(native: ModuleType, logits: Tensor, rows: Tensor, divisors: Tensor) -> None:
+    """Divides the rows `rows` (int64) of float32 [S, V] by float32 `divisors`, in place."""
+    address, count, size = _rows("logits", logits)
+    if rows.shape != divisors.shape or rows.dtype != torch.int64 or divisors.dtype != torch.float32:
+        raise ValueError("rows, divisors: expected int64 and float32 of one length")
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise ValueError(f"rows: expected 0 to {count - 1}")
+    rows, divisors = rows.contiguous(), divisors.contiguous()
+    native.divide_rows(address, size, rows.data_ptr(), divisors.data_ptr(), len(rows))
+
+
+def philox_words(native: ModuleType, ids: Tensor, rows: Tensor, counters: Counters) -> Tensor:
+    """See `Selection.words`; `rows` must be those of the counters, which isn't checked here."""
+    tensors = [t.contiguous() for t in (ids, rows, counters.position, counters.choice, counters.seed)]
+    if ids.shape != rows.shape or any(t.dtype != torch.int64 or t.dim() != 1 for t in tensors):
+        raise ValueError("ids, rows and counters: expected int64 of one dimension, as many rows as ids")
+    words = torch.empty_like(tensors[0])
+    candidates, *numbers = (t.data_ptr() for t in tensors)
+    native.philox_words(candidates, numbers[0], len(ids), *numbers[1:], words.data_ptr())
+    return words
+
+
 @dataclass(frozen=True, slots=True)
 class NativeSelection:
     """Implements `worker.kernels.reference.sampling.Selection` by a module of compiled kernels."""
@@ -63,3 +87,9 @@ class NativeSelection:
 
     def total_mass(self, logits: Tensor, peak: Tensor) -> Tensor:
         return total_mass(self.native, logits, peak)
+
+    def divide(self, logits: Tensor, rows: Tensor, divisors: Tensor) -> None:
+        divide_rows(self.native, logits, rows, divisors)
+
+    def words(self, ids: Tensor, rows: Tensor, counters: Counters) -> Tensor:
+        return philox_words(self.native, ids, rows, counters)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels.interface import SamplingBatch
-from worker.kernels.philox import MAX_GUMBEL, gumbel
+from worker.kernels.philox import MAX_GUMBEL, gumbel, philox
 
 _SUM_TILE = 1024
 _HEAD = 64
@@ -28,7 +28,7 @@ _MIN_TEMPERATURE = 1e-6
 """Colder is greedy in effect, and would overflow float32."""
 
 _PIECE = 1 << 15
-"""Candidates scored at a time: their Philox words stay in the second-level cache."""
+"""Candidates scored at a time: their words stay in the second-level cache."""
 
 
 class Selection(Protocol):
@@ -47,6 +47,24 @@ class Selection(Protocol):
         """Sum of exp(logit - peak) over the vocabulary, float64 [S], in an order that V alone fixes."""
         ...
 
+    def divide(self, logits: Tensor, rows: Tensor, divisors: Tensor) -> None:
+        """Divides the rows `rows` (int64) by float32 `divisors`, in place."""
+        ...
+
+    def words(self, ids: Tensor, rows: Tensor, counters: Counters) -> Tensor:
+        """A random word below 2^32 for each candidate: the first that Philox makes of its id and its row's counters.
+        All int64."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What random words depend on besides the id; int64 [S], the seed's bits those of the unsigned number."""
+
+    position: Tensor
+    choice: Tensor
+    seed: Tensor
+
 
 class TorchSelection:
     """Implements `Selection` in plain torch."""
@@ -63,29 +81,35 @@ class TorchSelection:
         padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SUM_TILE))
         return padded.view(len(logits), -1, _SUM_TILE).sum(-1, dtype=torch.float64).sum(-1)
 
+    def divide(self, logits: Tensor, rows: Tensor, divisors: Tensor) -> None:
+        logits[rows] /= divisors[:, None]
+
+    def words(self, ids: Tensor, rows: Tensor, counters: Counters) -> Tensor:
+        seed = counters.seed[rows]
+        counter = (ids, counters.position[rows], counters.choice[rows], torch.zeros_like(ids))
+        return philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[0]
+
 
 TORCH = TorchSelection()
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Sampled rows: what is kept of each, and the key and counter of its random numbers. All [S]."""
+    """Sampled rows: what is kept of each, and its random numbers. All [S]."""
 
     value: Tensor
     """Ids above this value are kept, and ids equal to it up to `last_id`. -inf keeps all ids whose logit is finite."""
     last_id: Tensor
     floor: Tensor
     """Ids whose value is at least this are kept (min-p); applies on top of the cut."""
-    seed_low: Tensor
-    seed_high: Tensor
-    choice: Tensor
-    position: Tensor
+    counters: Counters
+    selection: Selection
 
     def scores(self, values: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         """value + Gumbel noise for flat candidates, -inf for those that are not kept."""
         bound = self.value[rows]
         kept = ((values > bound) | ((values == bound) & (ids <= self.last_id[rows]))) & (values >= self.floor[rows])
-        noise = gumbel(ids, self.position[rows], self.choice[rows], self.seed_low[rows], self.seed_high[rows])
+        noise = gumbel(self.selection.words(ids, rows, self.counters))
         return torch.where(kept, values + noise, -torch.inf)
 
 
@@ -97,22 +121,16 @@ def sample(logits: Tensor, batch: SamplingBatch, selection: Selection = TORCH) -
         return tokens
     rows = torch.from_numpy(sampled)
     temperature = torch.from_numpy(np.maximum(batch.temperature[sampled], np.float32(_MIN_TEMPERATURE)))
-    values = (logits if len(sampled) == len(tokens) else logits[rows]) / temperature[:, None]
+    selection.divide(logits, rows, temperature)
+    values = _chosen(logits, rows)
     head_values, head_ids = selection.top_values(values, min(_HEAD, values.shape[1]))
     peak = head_values[:, 0]
-    value, last_id = _cuts(values, peak, batch.top_k[sampled], batch.top_p[sampled], selection)
+    value, last_id = _cuts(values, head_values, batch.top_k[sampled], batch.top_p[sampled], selection)
     with np.errstate(divide="ignore"):
         log_min_p = torch.from_numpy(np.log(batch.min_p[sampled]).astype(np.float32))
-    seed = batch.seed[sampled]
-    kept = _Rows(
-        value=value,
-        last_id=last_id,
-        floor=peak + log_min_p,
-        seed_low=torch.from_numpy((seed & np.uint64(0xFFFFFFFF)).astype(np.int64)),
-        seed_high=torch.from_numpy((seed >> np.uint64(32)).astype(np.int64)),
-        choice=torch.from_numpy(batch.choice[sampled]),
-        position=torch.from_numpy(batch.position[sampled]),
-    )
+    position, choice, seed = batch.position[sampled], batch.choice[sampled], batch.seed[sampled].view(np.int64)
+    counters = Counters(*(torch.from_numpy(array) for array in (position, choice, seed)))
+    kept = _Rows(value, last_id, peak + log_min_p, counters, selection)
     tokens[rows] = _race(values, head_values, head_ids, kept, tokens[rows])
     return tokens
 
@@ -152,13 +170,13 @@ def _race(values: Tensor, head_values: Tensor, head_ids: Tensor, kept: _Rows, de
 
 def _cuts(
     values: Tensor,
-    peak: Tensor,
+    head: Tensor,
     top_k: npt.NDArray[np.int64],
     top_p: npt.NDArray[np.float64],
     selection: Selection,
 ) -> tuple[Tensor, Tensor]:
-    """The cut (value, last id) that top-k and then top-p leave of each row."""
-    vocab = values.shape[1]
+    """The cut (value, last id) that top-k and then top-p leave of each row; `head` are its highest values."""
+    vocab, peak = values.shape[1], head[:, 0]
     value = torch.full_like(peak, -torch.inf)
     last_id = torch.full(peak.shape, -1, dtype=torch.int64)
     limit = torch.from_numpy(np.where((top_k > 0) & (top_k < vocab), top_k, vocab))
@@ -168,12 +186,15 @@ def _cuts(
     mass = torch.zeros(peak.shape, dtype=torch.float64)
     unlimited = pending[limit[pending] == vocab]
     if len(unlimited):
-        mass[unlimited] = selection.total_mass(values[unlimited], peak[unlimited])
+        mass[unlimited] = selection.total_mass(_chosen(values, unlimited), peak[unlimited])
     for width in _WIDTHS:
         if not len(pending):
             break
         width = min(width, vocab)
-        top = selection.top_values(values[pending], width)[0]
+        if width == head.shape[1]:
+            top = _chosen(head, pending)
+        else:
+            top = selection.top_values(_chosen(values, pending), width)[0]
         keep, found = _count_kept(top, peak[pending], limit[pending], share[pending], mass[pending])
         # One value past the cut must be in view, to see whether it ties with the last one kept.
         found &= (keep < width) | (width == vocab)
@@ -190,6 +211,11 @@ def _cuts(
     for row in pending.tolist():
         value[row], last_id[row] = _cut_by_buckets(values[row], int(limit[row]), float(share[row]))
     return value, last_id
+
+
+def _chosen(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Some of the rows, in order; not a copy where that is all of them."""
+    return rows if len(chosen) == len(rows) else rows[chosen]
 
 
 def _count_kept(top: Tensor, peak: Tensor, limit: Tensor, share: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

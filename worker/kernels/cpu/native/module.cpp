@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -45,41 +47,73 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Kernel calls of one thread, to be made again with the same arguments: what they read has changed by then.
+class Program {
+   public:
+    // Calls that this thread makes from here on go into the program, until `stop`.
+    void record() { recorded_ = this; }
+    static void stop() { recorded_ = nullptr; }
+
+    void run() const {
+        const py::gil_scoped_release unlocked;
+        for (const auto& call : calls_) call();
+    }
+
+    size_t size() const { return calls_.size(); }
+
+    // Makes a call, without the lock of Python, and records it where that is wanted.
+    template <class F>
+    static void make(F call) {
+        const py::gil_scoped_release unlocked;
+        call();
+        if (recorded_) recorded_->calls_.emplace_back(std::move(call));
+    }
+
+   private:
+    std::vector<std::function<void()>> calls_;
+    static thread_local Program* recorded_;
+};
+
+thread_local Program* Program::recorded_ = nullptr;
+
 void paged_attention(Address queries, int64_t query_stride, int64_t q_heads, Address keys, Address values,
                      Address key_scales, Address value_scales, int kv_type, int64_t kv_heads, int64_t blocks,
                      int64_t block_size, int64_t head_dim, Address starts, Address lengths, Address tables,
                      Address table_starts, int64_t chunks, int64_t window, Address out) {
-    const py::gil_scoped_release unlocked;
-    qwire::paged_attention(
-        at<const float>(queries), query_stride, q_heads,
-        {at<const void>(keys), at<const void>(values), at<const float>(key_scales), at<const float>(value_scales),
-         qwire::KvType(kv_type), kv_heads, blocks, block_size, head_dim},
-        {at<const int64_t>(starts), at<const int64_t>(lengths), at<const int64_t>(tables),
-         at<const int64_t>(table_starts), chunks},
-        window, at<float>(out));
+    Program::make([=] {
+        qwire::paged_attention(
+            at<const float>(queries), query_stride, q_heads,
+            {at<const void>(keys), at<const void>(values), at<const float>(key_scales), at<const float>(value_scales),
+             qwire::KvType(kv_type), kv_heads, blocks, block_size, head_dim},
+            {at<const int64_t>(starts), at<const int64_t>(lengths), at<const int64_t>(tables),
+             at<const int64_t>(table_starts), chunks},
+            window, at<float>(out));
+    });
 }
 
 void rms_norm(Address x, Address residual, Address weight, float eps, Address out, Address sums, int64_t rows,
               int64_t size) {
-    const py::gil_scoped_release unlocked;
-    qwire::rms_norm(at<const float>(x), at<const float>(residual), at<const float>(weight), eps, at<float>(out),
-                    at<float>(sums), rows, size);
+    Program::make([=] {
+        qwire::rms_norm(at<const float>(x), at<const float>(residual), at<const float>(weight), eps, at<float>(out),
+                        at<float>(sums), rows, size);
+    });
 }
 
 void rope_and_cache(Address qkv, Address cos, Address sin, Address q_norm, Address k_norm, float eps, Address slots,
                     int64_t rows, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
                     int64_t slots_a_head, Address keys, Address values, Address key_scales, Address value_scales,
                     int kv_type, Address out) {
-    const py::gil_scoped_release unlocked;
-    qwire::rope_and_cache({at<const float>(qkv), at<const float>(cos), at<const float>(sin), at<const float>(q_norm),
-                           at<const float>(k_norm), eps, at<const int64_t>(slots), rows, tokens, q_heads, kv_heads,
-                           head_dim, slots_a_head, at<void>(keys), at<void>(values), at<float>(key_scales),
-                           at<float>(value_scales), qwire::KvType(kv_type), at<float>(out)});
+    Program::make([=] {
+        qwire::rope_and_cache({at<const float>(qkv), at<const float>(cos), at<const float>(sin),
+                               at<const float>(q_norm), at<const float>(k_norm), eps, at<const int64_t>(slots), rows,
+                               tokens, q_heads, kv_heads, head_dim, slots_a_head, at<void>(keys), at<void>(values),
+                               at<float>(key_scales), at<float>(value_scales), qwire::KvType(kv_type),
+                               at<float>(out)});
+    });
 }
 
 void silu_mul(Address gate_up, Address out, int64_t rows, int64_t size) {
-    const py::gil_scoped_release unlocked;
-    qwire::silu_mul(at<const float>(gate_up), at<float>(out), rows, size);
+    Program::make([=] { qwire::silu_mul(at<const float>(gate_up), at<float>(out), rows, size); });
 }
 
 void argmax(Address logits, int64_t rows, int64_t size, Address ids) {
@@ -95,6 +129,18 @@ void top_values(Address logits, int64_t rows, int64_t size, int64_t k, Address v
 void total_mass(Address logits, Address peaks, int64_t rows, int64_t size, Address masses) {
     const py::gil_scoped_release unlocked;
     qwire::total_mass(at<const float>(logits), at<const float>(peaks), rows, size, at<double>(masses));
+}
+
+void divide_rows(Address logits, int64_t size, Address chosen, Address divisors, int64_t count) {
+    const py::gil_scoped_release unlocked;
+    qwire::divide_rows(at<float>(logits), size, at<const int64_t>(chosen), at<const float>(divisors), count);
+}
+
+void philox_words(Address ids, Address rows, int64_t count, Address positions, Address choices, Address seeds,
+                  Address words) {
+    const py::gil_scoped_release unlocked;
+    qwire::philox_words(at<const int64_t>(ids), at<const int64_t>(rows), count, at<const int64_t>(positions),
+                        at<const int64_t>(choices), at<const uint64_t>(seeds), at<int64_t>(words));
 }
 
 // Kernels may take long enough for other Python threads to want the lock.
@@ -127,10 +173,11 @@ void def_linear(py::module_& module) {
         "linear",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,
            int64_t x_stride, Address y, int64_t y_stride) {
-            qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x),
-                          x_stride, at<float>(y), y_stride);
-        },
-        Unlocked());
+            Program::make([=] {
+                qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x), x_stride,
+                              at<float>(y), y_stride);
+            });
+        });
     module.def(
         "quantize_rows",
         [](Address memory, int64_t rows, int64_t size, Address x, int64_t x_stride) {
@@ -149,9 +196,9 @@ void def_linear(py::module_& module) {
     module.def(
         "embed",
         [](int format, Address packed, int64_t out, int64_t in, int64_t count, Address ids, Address y) {
-            qwire::embed(Format(format), at(packed), out, in, count, at<int64_t>(ids), at<float>(y));
-        },
-        Unlocked());
+            Program::make(
+                [=] { qwire::embed(Format(format), at(packed), out, in, count, at<int64_t>(ids), at<float>(y)); });
+        });
 }
 
 }  // namespace
@@ -160,6 +207,13 @@ PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("set_threads", &set_threads, py::arg("threads"), py::arg("cpus"));
     module.def("instruction_sets", &instruction_sets);
     module.def("num_threads", &qwire::num_threads);
+    // Local: there is a class of this name for every instruction set.
+    py::class_<Program>(module, "Program", py::module_local())
+        .def(py::init<>())
+        .def("record", &Program::record)
+        .def_static("stop", &Program::stop)
+        .def("run", &Program::run)
+        .def("__len__", &Program::size);
     module.def("paged_attention", &paged_attention);
     module.def("rms_norm", &rms_norm);
     module.def("rope_and_cache", &rope_and_cache);
@@ -167,6 +221,8 @@ PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("argmax", &argmax);
     module.def("top_values", &top_values);
     module.def("total_mass", &total_mass);
+    module.def("divide_rows", &divide_rows);
+    module.def("philox_words", &philox_words);
     module.def("measure_read_bandwidth", &qwire::measure_read_bandwidth, py::arg("seconds"), Unlocked());
     module.def("measure_fma", &qwire::measure_fma, py::arg("seconds"), Unlocked());
     module.def("measure_int8", &qwire::measure_int8, py::arg("seconds"), Unlocked());

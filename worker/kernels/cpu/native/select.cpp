@@ -158,4 +158,31 @@ void total_mass(const float* logits, const float* peaks, int64_t rows, int64_t s
     }
 }
 
+void divide_rows(float* logits, int64_t size, const int64_t* chosen, const float* divisors, int64_t count) {
+    const int64_t slices = (size + kSlice - 1) / kSlice;
+    parallel_for(count * slices, [&](int64_t task) {
+        const int64_t row = task / slices, from = task % slices * kSlice, end = std::min(size, from + kSlice);
+        float* own = logits + chosen[row] * size;
+        for (int64_t i = from; i < end; ++i) own[i] /= divisors[row];
+    });
+}
+
+void philox_words(const int64_t* ids, const int64_t* rows, int64_t count, const int64_t* positions,
+                  const int64_t* choices, const uint64_t* seeds, int64_t* words) {
+    constexpr int64_t kCandidates = 2048;  // of a task
+    parallel_for((count + kCandidates - 1) / kCandidates, [&](int64_t task) {
+        for (int64_t i = task * kCandidates; i < std::min(count, (task + 1) * kCandidates); ++i) {
+            const int64_t row = rows[i];
+            uint32_t c0 = uint32_t(ids[i]), c1 = uint32_t(positions[row]), c2 = uint32_t(choices[row]), c3 = 0;
+            uint32_t k0 = uint32_t(seeds[row]), k1 = uint32_t(seeds[row] >> 32);
+            for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+                const uint64_t first = uint64_t(c0) * 0xD2511F53u, second = uint64_t(c2) * 0xCD9E8D57u;
+                c0 = uint32_t(second >> 32) ^ c1 ^ k0, c2 = uint32_t(first >> 32) ^ c3 ^ k1;
+                c1 = uint32_t(second), c3 = uint32_t(first);
+            }
+            words[i] = c0;
+        }
+    });
+}
+
 }  // namespace qwire

@@ -1,0 +1,129 @@
+"""Steps of few rows as recorded kernel calls: what Python does for all layers, it does once for each size of step.
+
+Invariant: a recording reads and writes the memory that it was made with. What changes between steps lies in buffers
+that are made once; what was allocated while a step was recorded lives as long as the recording; weights, caches and a
+runner's buffers stay where they are. A step is kept only if compiled kernels are all that it took: whatever else torch
+computes while it is recorded would be missing when it is replayed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from worker.kernels.cpu import CpuKernels
+from worker.kernels.cpu.attention import CpuPlan
+from worker.model.qwen import Buffers
+from worker.runner.batch import StepArrays
+
+MOST = 128
+"""Recordings that are kept, some 40 kB each; the one that was not used for longest goes first."""
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, CpuPlan], Tensor]
+"""ids, cos, sin, slots and attention of a step to its hidden states."""
+
+_FREE = frozenset({"empty", "empty_like", "view", "stride", "data_ptr", "is_contiguous", "dim", "__get__"})
+"""What torch may do in a step besides: none of it reads or writes an element."""
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the tensors that come up, and notices what torch computes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self.computed: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.kept.append(result)
+        # Slices are views, other indexes copy; what gives back its argument, as `contiguous` may, did nothing.
+        view = func is Tensor.__getitem__ and isinstance(args[1], slice)
+        if not (view or func.__name__ in _FREE or (args and result is args[0])):
+            self.computed.add(func.__name__)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    run: Callable[[], None]
+    hidden: Tensor
+    kept: Sequence[Tensor]
+
+
+class Replay:
+    """Runs the steps of one model on one cache.
+
+    Args:
+        cos, sin: float32 [positions, head_dim / 2].
+        blocks: of the longest sequence.
+    """
+
+    def __init__(self, kernels: CpuKernels, forward: Forward, cos: Tensor, sin: Tensor, blocks: int) -> None:
+        rows = Buffers.ROWS
+        self._native, self._forward = kernels.native, forward
+        self._turns = cos.numpy(), sin.numpy()
+        # Of numpy, whose small operations cost a third of torch's.
+        self._rows = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        """Ids and slots."""
+        self._row_turns = np.zeros((rows, cos.shape[1]), np.float32), np.zeros((rows, cos.shape[1]), np.float32)
+        """Of the rows' positions."""
+        self._chunks = tuple(np.zeros(size, np.int64) for size in (rows, rows, rows * blocks, rows))
+        """Starts, lengths, block tables end to end, where each chunk's table begins."""
+        self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        """By rows and chunks."""
+        self._usable = True
+
+    def run(self, step: StepArrays) -> Tensor | None:
+        """The step's hidden states, in memory that the next step writes to; None where it can't be replayed."""
+        rows, count = len(step.ids), len(step.ragged.lengths)
+        if not self._usable or rows > Buffers.ROWS:
+            return None
+        self._fill(step)
+        recording = self._recordings.get((rows, count))
+        if recording is None:
+            return self._record(rows, count)
+        self._recordings.move_to_end((rows, count))
+        recording.run()
+        return recording.hidden
+
+    def _fill(self, step: StepArrays) -> None:
+        rows, batch = len(step.ids), step.ragged
+        for turns, of_rows in zip(self._turns, self._row_turns, strict=True):
+            # Without a mode, numpy buffers what it writes to `out`. Positions were checked where the step was built.
+            turns.take(step.positions, axis=0, out=of_rows[:rows], mode="clip")
+        sizes = np.fromiter(map(len, batch.block_tables), np.int64)
+        chunks = batch.starts, batch.lengths, np.concatenate(batch.block_tables), np.cumsum(sizes) - sizes
+        for target, source in zip((*self._rows, *self._chunks), (step.ids, step.slots, *chunks), strict=True):
+            target[: len(source)] = source
+
+    def _record(self, rows: int, count: int) -> Tensor:
+        starts, lengths, tables, table_starts = (array.ctypes.data for array in self._chunks)
+        plan = CpuPlan(rows, self._chunks, (starts, lengths, tables, table_starts), count)
+        ids, slots = (torch.from_numpy(array[:rows]) for array in self._rows)
+        cos, sin = (torch.from_numpy(array[:rows]) for array in self._row_turns)
+        inputs = ids, cos, sin, slots
+        program = self._native.Program()
+        watch = _Watch()
+        program.record()
+        try:
+            with watch:
+                hidden = self._forward(*inputs, plan)
+        finally:
+            program.stop()
+        self._usable = not watch.computed
+        if self._usable:
+            self._recordings[rows, count] = _Recording(program.run, hidden, (*inputs, *watch.kept))
+            if len(self._recordings) > MOST:
+                self._recordings.popitem(last=False)
+        return hidden
