@@ -4,8 +4,9 @@
 
 Cases, each greedy unless said otherwise:
 
-- rewrite: the model is asked to write a text again with one word changed (needs a tokenizer and a model that can);
-- answer: it answers questions, greedily and at temperature 1 (needs a tokenizer);
+- rewrite: the model is asked to write a text again with one word changed (needs a tokenizer and a model that can), and
+  ends when it is done;
+- answer: it answers questions, greedily and at temperature 1 (needs a tokenizer), and goes on when it is done;
 - copy: the output is held to the prompt's own ids, one of them changed, by a constraint that allows a single id at each
   position. Whatever the weights are: the forward pass, the masks and the draws are those of any request;
 - random: random prompts, drawn at temperature 1;
@@ -38,6 +39,7 @@ from worker.engine.plan import Clock, SamplingParams
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import Request
 from worker.kernels import QUANTIZED_FORMATS, choose_kernels, pin_threads, usable_cpus
+from worker.model import ModelConfig
 from worker.runner.runner import TorchRunner
 
 NEW = 128
@@ -107,6 +109,7 @@ class Case:
     scripts: list[list[int]] = field(default_factory=list)
     """What each output is held to, if anything."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,11 @@ def misleading(draw: random.Random, prompt: list[int]) -> list[int]:
     return script
 
 
-def cases(folder: Path, batch: int, vocab: int) -> list[Case]:
+def cases(folder: Path, batch: int, config: ModelConfig) -> list[Case]:
     found = [
-        scripted("copy", batch, vocab, copied),
-        Case("random", scripted("", batch, vocab, copied).prompts, sampling=SAMPLED),
-        scripted("misleading", batch, vocab, misleading),
+        scripted("copy", batch, config.vocab_size, copied),
+        Case("random", scripted("", batch, config.vocab_size, copied).prompts, sampling=SAMPLED),
+        scripted("misleading", batch, config.vocab_size, misleading),
     ]
     if (folder / "tokenizer.json").exists():
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -165,7 +168,9 @@ def cases(folder: Path, batch: int, vocab: int) -> list[Case]:
             for text, (old, new) in zip(TEXTS, CHANGED, strict=True)
         ]
         asked = [chat(question) for question in QUESTIONS]
-        found.append(Case("rewrite", [turns[i % len(turns)] for i in range(batch)]))
+        found.append(
+            Case("rewrite", [turns[i % len(turns)] for i in range(batch)], eos_ids=frozenset(config.eos_token_ids))
+        )
         found.append(Case("answer", [asked[i % len(asked)] for i in range(batch)]))
         found.append(Case("answer, t=1", [asked[i % len(asked)] for i in range(batch)], sampling=SAMPLED))
     return found
@@ -189,6 +194,7 @@ def turn(runner: TorchRunner, case: Case, new: int, drafts: int, clock: Clock) -
                 prompt,
                 sampling=SamplingParams(given.temperature, seed=given.seed + number, logprobs=0),
                 max_tokens=new,
+                eos_ids=case.eos_ids,
                 constraints=[Script(case.scripts[number])] if case.scripts else (),
                 prefix_root=root,
                 use_prefix_cache=False,
@@ -285,7 +291,7 @@ def main(
             f"{'case':<14}{'batch':>6}{'tok/s without':>15}{'ratio':>7}{'guessed':>9}{'kept':>7}{'of':>7}", flush=True
         )
     for batch in batches:
-        for case in cases(folder, batch, runner.config.vocab_size):
+        for case in cases(folder, batch, runner.config):
             if names and case.name not in names:
                 continue
             row = compare(runner, case, new, drafts, rounds, time.process_time if cpu_time else time.perf_counter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -147,6 +148,8 @@ class QwireError(Exception):
 
     def under(self, path: str) -> QwireError:
         """The same error about a request that is a field of another: its violations named from there."""
+        if not self.violations:
+            return self
         violations = [FieldViolation(f"{path}.{found.field}", found.description) for found in self.violations]
         return QwireError(
             self.code, self.message, reason=self.reason, violations=violations, retry_after=self.retry_after
@@ -154,20 +157,7 @@ class QwireError(Exception):
 
     def status_bytes(self) -> bytes:
         """The `google.rpc.Status` that carries this error, serialized."""
-        status = status_pb2.Status(code=self.code.value[0], message=self.message)
-        if self.reason:
-            status.details.add().Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN))
-        if self.violations:
-            bad = error_details_pb2.BadRequest()
-            for violation in self.violations:
-                bad.field_violations.add(field=violation.field, description=violation.description)
-            status.details.add().Pack(bad)
-        if self.retry_after is not None:
-            retry = error_details_pb2.RetryInfo()
-            retry.retry_delay.FromNanoseconds(round(self.retry_after * 1e9))
-            status.details.add().Pack(retry)
-        data: bytes = status.SerializeToString()
-        return data
+        return _status_bytes(self.code, self.message, self.reason, tuple(self.violations), self.retry_after)
 
     def trailing_metadata(self, remaining: float | None = None) -> tuple[tuple[str, str | bytes], ...]:
         """What a server sends along: the details, and the pushback that gRPC's own retries obey.
@@ -181,6 +171,31 @@ class QwireError(Exception):
             in_time = remaining is None or self.retry_after < remaining
             metadata.append((PUSHBACK_KEY, str(round(self.retry_after * 1000)) if in_time else DONT_RETRY))
         return tuple(metadata)
+
+
+@lru_cache(maxsize=1024)
+def _status_bytes(
+    code: grpc.StatusCode,
+    message: str,
+    reason: str,
+    violations: tuple[FieldViolation, ...],
+    retry_after: float | None,
+) -> bytes:
+    """Remembered, since a server under overload says the same a thousand times a second."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    if reason:
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
+    if violations:
+        bad = error_details_pb2.BadRequest()
+        for violation in violations:
+            bad.field_violations.add(field=violation.field, description=violation.description)
+        status.details.add().Pack(bad)
+    if retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(retry_after * 1e9))
+        status.details.add().Pack(retry)
+    data: bytes = status.SerializeToString()
+    return data
 
 
 def _cut(text: str, limit: int) -> str:

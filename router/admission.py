@@ -391,4 +391,5 @@ def _too_late() -> QwireError:
 def _overloaded(message: str, reason: Reason, wait: float) -> QwireError:
     shortest, longest = RETRY_SECONDS
     retry_after = min(max(shortest, wait), longest) * random.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)  # noqa: S311
-    return QwireError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason=reason, retry_after=retry_after)
+    # Not finer, so that answers are alike, and made once.
+    return QwireError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason=reason, retry_after=round(retry_after, 2))

@@ -3,6 +3,9 @@
 A message costs what it costs, whatever it holds: 6,000 a second fill about three quarters of a core, while the ids that
 they carry cost next to nothing. So while the event loop falls behind, a stream waits up to `MOST_SECONDS` between two
 writes, and what comes meanwhile goes out as one Delta. While it doesn't, every stream is written to at once.
+
+Being behind shows in timers that are late; or in a thread that never rests, where work waits in gRPC and the loop takes
+it bit by bit, with its timers in between.
 """
 
 from __future__ import annotations
@@ -11,15 +14,16 @@ import asyncio
 import time
 from collections.abc import Callable
 
-MOST_SECONDS = 0.1
+MOST_SECONDS = 0.09
 LEAST_SECONDS = 0.02
 """A shorter wait than this saves nothing worth having: it becomes none."""
 LOOK_SECONDS = 0.05
-BEHIND_SECONDS = 0.015
-"""The loop is behind where a timer is as late as this."""
-ABREAST_SECONDS = 0.005
+BEHIND_SECONDS, BEHIND_SHARE = 0.015, 0.9
+"""The loop is behind where a timer is as late as this, or its thread has run for so much of the time."""
+ABREAST_SECONDS, ABREAST_SHARE = 0.005, 0.75
+"""It isn't where neither is more than this. In between, the wait stays as it is."""
 GROWTH, DECAY = 1.5, 0.95
-SLICES = 8
+SLICES = 16
 """Waits are looked at so many times in one of them, so that writes spread over it."""
 
 
@@ -57,10 +61,14 @@ class Valve:
 
 
 class Flow:
-    """The wait between two writes to a stream, by how far the event loop is behind. `run` keeps it up to date."""
+    """The wait between two writes to a stream, by how far the event loop is behind. `run` keeps it up to date.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.interval = 0.0
+    Args:
+        interval: the wait at first, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, interval: float = 0.0) -> None:
+        self.interval = interval
         self.clock = clock
         self._held: dict[Valve, None] = {}
         self._releasing: asyncio.TimerHandle | None = None
@@ -72,15 +80,16 @@ class Flow:
     async def run(self) -> None:
         """Follows the event loop, until cancelled."""
         while True:
-            due = self.clock() + LOOK_SECONDS
+            begun, ran = self.clock(), time.thread_time()
             await asyncio.sleep(LOOK_SECONDS)
-            self.took(self.clock() - due)
+            seconds = self.clock() - begun
+            self.took(seconds - LOOK_SECONDS, (time.thread_time() - ran) / seconds)
 
-    def took(self, late: float) -> None:
-        """Notes by how much a timer was late, in seconds."""
-        if late >= BEHIND_SECONDS:
+    def took(self, late: float, busy: float) -> None:
+        """Notes by how many seconds a timer was late, and for which share of the time the loop's thread ran."""
+        if late >= BEHIND_SECONDS or busy >= BEHIND_SHARE:
             self.interval = min(MOST_SECONDS, max(LEAST_SECONDS, self.interval * GROWTH))
-        elif late <= ABREAST_SECONDS:
+        elif late <= ABREAST_SECONDS and busy <= ABREAST_SHARE:
             self.interval *= DECAY
             if self.interval < LEAST_SECONDS:
                 self.interval = 0.0

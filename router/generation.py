@@ -24,7 +24,7 @@ from router.choice import OutputSpec
 from router.config import RouterConfig
 from router.dispatch import Dispatch, Work
 from router.fleet import Fleet
-from router.flow import Flow
+from router.flow import MOST_SECONDS, Flow
 from router.journal import Journal
 from router.live_requests import LiveRequests
 from router.tenant import cache_scope, tenant_key, tenant_of
@@ -55,6 +55,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._admission = admission
         self._tokenizer = tokenizer
         self.flow = Flow()
+        self._once = Flow(interval=MOST_SECONDS)
+        """Of streams that become one answer: nobody reads their messages one by one."""
         self._next_sequence = 1
         self._live = LiveRequests(config.max_streams)
 
@@ -139,9 +141,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
                 max_pending_tokens=self._config.max_pending_tokens,
             )
-            journal = Journal(
-                spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic, self.flow
-            )
+            flow = self.flow if answer is None else self._once
+            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic, flow)
             live.attach(journal)
             params = resolved_params(sampling, stop, request.output, await self._bad_words(request), model)
             if resumed is not None:

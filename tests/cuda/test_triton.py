@@ -27,19 +27,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def kernels(**options: bool) -> CudaKernels:
+def kernels(kv_dtype: torch.dtype = torch.float32, **options: bool) -> CudaKernels:
     chosen, why = choose(
-        CpuDevice(Rerun), CudaOptions(attention="auto", dtype=torch.float32, kv_dtype=torch.float32, **options)
+        CpuDevice(Rerun), CudaOptions(attention="auto", dtype=torch.float32, kv_dtype=kv_dtype, **options)
     )
     assert "attention by Triton" in why
     return chosen
 
 
-def test_tokens_are_the_references(folder: Path) -> None:
-    expected = greedy(TorchRunner(folder, num_blocks=2, kernels=ReferenceKernels()), PROMPT, 4, [0, 1])
-    runner = CudaRunner(folder, kernels=kernels(), settings=CudaSettings(max_running=1), num_blocks=2)
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_tokens_are_the_references(folder: Path, kv_dtype: str) -> None:
+    reference = TorchRunner(folder, num_blocks=2, kv_dtype=kv_dtype, kernels=ReferenceKernels())
+    expected = greedy(reference, PROMPT, 4, [0, 1])
+    runner = CudaRunner(
+        folder,
+        kernels=kernels(getattr(torch, kv_dtype)),
+        settings=CudaSettings(max_running=1),
+        num_blocks=2,
+        kv_dtype=kv_dtype,
+    )
     runner.make_ready()
     assert greedy(runner, PROMPT, 4, [0, 1]) == expected
+    assert {cache.scales is not None for cache in runner.caches} == {kv_dtype == "int8"}
 
 
 def test_a_rows_bits_in_deterministic_mode(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import given
@@ -11,21 +12,29 @@ from hypothesis import strategies as st
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import worker_pb2
 from router.choice import OutputSpec
-from router.flow import ABREAST_SECONDS, BEHIND_SECONDS, LEAST_SECONDS, MOST_SECONDS, Flow
+from router.flow import (
+    ABREAST_SECONDS,
+    ABREAST_SHARE,
+    BEHIND_SECONDS,
+    BEHIND_SHARE,
+    LEAST_SECONDS,
+    MOST_SECONDS,
+    Flow,
+)
 from router.journal import Journal
 
 
 def behind(flow: Flow, looks: int = 20) -> Flow:
     for _ in range(looks):
-        flow.took(BEHIND_SECONDS)
+        flow.took(BEHIND_SECONDS, 0.5)
     return flow
 
 
-@given(st.lists(st.floats(0, 10)))
-def test_the_wait_is_none_or_within_its_bounds(lates: list[float]) -> None:
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1))))
+def test_the_wait_is_none_or_within_its_bounds(looks: list[tuple[float, float]]) -> None:
     flow = Flow()
-    for late in lates:
-        flow.took(late)
+    for late, busy in looks:
+        flow.took(late, busy)
         assert flow.interval == 0 or LEAST_SECONDS <= flow.interval <= MOST_SECONDS
 
 
@@ -33,8 +42,27 @@ def test_the_wait_grows_while_the_loop_is_behind_and_ends_when_it_is_not() -> No
     flow = behind(Flow())
     assert flow.interval == MOST_SECONDS
     for _ in range(100):
-        flow.took(ABREAST_SECONDS)
+        flow.took(ABREAST_SECONDS, (ABREAST_SHARE + BEHIND_SHARE) / 2)
+    assert flow.interval == MOST_SECONDS
+    for _ in range(100):
+        flow.took(ABREAST_SECONDS, ABREAST_SHARE)
     assert flow.interval == 0
+    for _ in range(100):
+        flow.took(ABREAST_SECONDS, BEHIND_SHARE)
+    assert flow.interval == MOST_SECONDS
+
+
+async def test_a_loop_that_never_rests_is_behind_though_its_timers_are_in_time() -> None:
+    flow = Flow()
+    following = asyncio.create_task(flow.run())
+    end = time.monotonic() + 2
+    while not flow.interval and time.monotonic() < end:
+        turn = time.monotonic() + 0.001
+        while time.monotonic() < turn:
+            pass
+        await asyncio.sleep(0)
+    following.cancel()
+    assert flow.interval
 
 
 def test_streams_are_written_to_at_once_while_the_loop_keeps_up() -> None:
