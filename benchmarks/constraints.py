@@ -221,8 +221,8 @@ async def main() -> None:
         finished = [outcome for outcome in compiled if outcome.finished]
         checked = Counter(outcome.valid() for outcome in finished)
         print(
-            f"{len(outcomes)} schemas: {len(compiled)} followed, {len(finished)} finished, {checked[True]} of them valid, "
-            f"{checked[False]} not, {checked[None]} can't be checked"
+            f"{len(outcomes)} schemas: {len(compiled)} followed, {len(finished)} finished, "
+            f"{checked[True]} of them valid, {checked[False]} not, {checked[None]} can't be checked"
         )
         print("compiled:", _quantiles([outcome.compile_seconds for outcome in compiled]))
         print("ends:", Counter(str(outcome.end) for outcome in compiled))
