@@ -139,7 +139,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 stop=stop,
                 want_text=not request.output.HasField("text") or request.output.text,
                 want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
-                max_pending_tokens=self._config.max_pending_tokens,
+                # An answer in one piece waits here until it is whole.
+                max_pending_tokens=self._config.max_pending_tokens if answer is None else stop.max_tokens,
             )
             flow = self.flow if answer is None else self._once
             journal = Journal(spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic, flow)

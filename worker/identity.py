@@ -65,7 +65,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
         f"kv {kv_dtype}",
         f"backend {runner.kernels.name} {NUMERICS_VERSIONS[runner.kernels.name]} torch {torch.__version__}",
         f"isa {runner.kernels.isa}",
-        # Sampling is torch's under either backend.
+        # The arithmetic of a draw is torch's under either backend.
         f"torch on {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"tp {config.tp} pp 1",
         # Results that follow the batch are nobody else's, nor this worker's when it starts anew.

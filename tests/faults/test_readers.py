@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -118,3 +119,20 @@ def test_a_client_that_is_killed(fleet: Fleet) -> None:
     started = time.monotonic()
     assert eventually(lambda: streams(fleet) == 0 and fleet.workers()[0].load.blocks_in_use == 0, 10)
     print(f"all gone after {time.monotonic() - started:.2f} s")
+
+
+def test_an_answer_in_one_piece_has_no_reader_that_could_be_slow(tmp_path: Path) -> None:
+    """More tokens come while GenerateOnce's answer is put together than a stream's reader may leave."""
+    with (
+        fake_fleet(
+            tmp_path,
+            workers=1,
+            worker_flags=("--step-ms", "2", "--token-us", "0"),
+            router_flags=("--max-pending-tokens", "4"),
+        ) as fleet,
+        Client(fleet.services["router-0"].address) as client,
+    ):
+        answer = client.generate_once(token_ids=[3], n=2, max_tokens=400, ignore_eos=True, temperature=0, text=False)
+        assert [list(choice.token_ids) for choice in answer.choices] == [
+            continuation([3], 400, VOCAB, choice=choice) for choice in range(2)
+        ]

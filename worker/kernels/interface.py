@@ -184,14 +184,16 @@ class Kernels(Protocol):
         """[T, in] to [T, out]: x @ weight.T + bias."""
         ...
 
-    def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
+    def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         """int64 ids [T] to the weight's rows, [T, in]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns (norm(x + residual) * weight, x + residual), both [T, H]; without `residual`, x itself is normed.
 
-        With `residual`, either argument's memory may hold the results.
+        With `residual`, either argument's memory may hold the results; `out` is for the norm of x alone.
 
         The norm is computed in float32: y / sqrt(mean(y²) + eps), rounded to activations, times the weight.
         """

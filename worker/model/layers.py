@@ -81,8 +81,8 @@ class RMSNorm(Layer):
         self.kernels, self.eps = kernels, eps
         self.parts = (Part((size,), 1),)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.kernels.rms_norm(x, self.weight, self.eps, residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.kernels.rms_norm(x, self.weight, self.eps, residual, out)
 
 
 class Embedding(Matrix):
@@ -105,9 +105,9 @@ class Embedding(Matrix):
     def looked_up(self) -> bool:
         return True
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         if self.group.world == 1:
-            return self.kernels.embed(ids, self.prepared)
+            return self.kernels.embed(ids, self.prepared, out)
         rows = Shard(self.group.rank, self.group.world).rows(self.vocab_size)
         own = ids - self.group.rank * rows
         foreign = (own < 0) | (own >= rows)

@@ -128,7 +128,8 @@ class DecoderLayer(Module):
         self.mlp = MLP(config, kernels, group)
 
     def __call__(self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
+        fresh = step.buffers.take("normed", *x.shape) if residual is None else None
+        x, residual = self.input_layernorm(x, residual, fresh)
         x = self.self_attn(x, step, cache)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x, step), residual
@@ -138,6 +139,7 @@ class Model(Module):
     """The backbone: ids to hidden states."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
+        self.hidden_size = config.hidden_size
         self.embed_tokens = Embedding(
             kernels, group, config.vocab_size, config.hidden_size, tied=config.tie_word_embeddings
         )
@@ -145,7 +147,8 @@ class Model(Module):
         self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
-        x, residual = self.embed_tokens(ids), None
+        # What is embedded becomes the residual stream: its memory is nobody else's.
+        x, residual = self.embed_tokens(ids, step.buffers.take("embedded", len(ids), self.hidden_size)), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, step, cache)
         return self.norm(x, residual)[0]

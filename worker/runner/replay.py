@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from worker.kernels import KVCache
 from worker.kernels.cpu import CpuKernels
 from worker.kernels.cpu.attention import CpuPlan
 from worker.model.qwen import Buffers
 from worker.runner.batch import StepArrays
 
 MOST = 128
-"""Recordings that are kept, some 40 kB each; the one that was not used for longest goes first."""
+"""Recordings that are kept, some 100 kB each; the one that was not used for longest goes first."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, CpuPlan], Tensor]
 """ids, cos, sin, slots and attention of a step to its hidden states."""
 
-_FREE = frozenset({"empty", "empty_like", "view", "stride", "data_ptr", "is_contiguous", "dim", "__get__"})
+_FREE = frozenset({"empty", "empty_like", "view", "stride", "data_ptr", "is_contiguous", "dim", "__get__", "__len__"})
 """What torch may do in a step besides: none of it reads or writes an element."""
 
 
@@ -47,9 +48,10 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.kept.append(result)
-        # Slices are views, other indexes copy; what gives back its argument, as `contiguous` may, did nothing.
+        # Slices are views, other indexes copy; `contiguous` copies where it doesn't give back what it got.
         view = func is Tensor.__getitem__ and isinstance(args[1], slice)
-        if not (view or func.__name__ in _FREE or (args and result is args[0])):
+        same = func is Tensor.contiguous and result is args[0]
+        if not (view or same or func.__name__ in _FREE):
             self.computed.add(func.__name__)
         return result
 
@@ -65,13 +67,14 @@ class Replay:
     """Runs the steps of one model on one cache.
 
     Args:
+        caches: kept, since recordings hold their addresses.
         cos, sin: float32 [positions, head_dim / 2].
         blocks: of the longest sequence.
     """
 
-    def __init__(self, kernels: CpuKernels, forward: Forward, cos: Tensor, sin: Tensor, blocks: int) -> None:
+    def __init__(self, kernels: CpuKernels, caches: Sequence[KVCache], cos: Tensor, sin: Tensor, blocks: int) -> None:
         rows = Buffers.ROWS
-        self._native, self._forward = kernels.native, forward
+        self._native, self._caches = kernels.native, caches
         self._turns = cos.numpy(), sin.numpy()
         # Of numpy, whose small operations cost a third of torch's.
         self._rows = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
@@ -82,18 +85,23 @@ class Replay:
         """Starts, lengths, block tables end to end, where each chunk's table begins."""
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         """By rows and chunks."""
+        self._met: set[tuple[int, int]] = set()
+        """Sizes that came up once: recording costs more than a step that isn't."""
         self._usable = True
 
-    def run(self, step: StepArrays) -> Tensor | None:
-        """The step's hidden states, in memory that the next step writes to; None where it can't be replayed."""
-        rows, count = len(step.ids), len(step.ragged.lengths)
-        if not self._usable or rows > Buffers.ROWS:
+    def run(self, step: StepArrays, forward: Forward) -> Tensor | None:
+        """The step's hidden states, in memory that the next step writes to; None if it is left to whoever asks."""
+        size = len(step.ids), len(step.ragged.lengths)
+        if not self._usable or size[0] > Buffers.ROWS:
+            return None
+        if size not in self._met:
+            self._met.add(size)
             return None
         self._fill(step)
-        recording = self._recordings.get((rows, count))
+        recording = self._recordings.get(size)
         if recording is None:
-            return self._record(rows, count)
-        self._recordings.move_to_end((rows, count))
+            return self._record(*size, forward)
+        self._recordings.move_to_end(size)
         recording.run()
         return recording.hidden
 
@@ -107,7 +115,7 @@ class Replay:
         for target, source in zip((*self._rows, *self._chunks), (step.ids, step.slots, *chunks), strict=True):
             target[: len(source)] = source
 
-    def _record(self, rows: int, count: int) -> Tensor:
+    def _record(self, rows: int, count: int, forward: Forward) -> Tensor:
         starts, lengths, tables, table_starts = (array.ctypes.data for array in self._chunks)
         plan = CpuPlan(rows, self._chunks, (starts, lengths, tables, table_starts), count)
         ids, slots = (torch.from_numpy(array[:rows]) for array in self._rows)
@@ -118,10 +126,10 @@ class Replay:
         program.record()
         try:
             with watch:
-                hidden = self._forward(*inputs, plan)
+                hidden = forward(*inputs, plan)
         finally:
             program.stop()
-        self._usable = not watch.computed
+        self._usable = program.complete and not watch.computed
         if self._usable:
             self._recordings[rows, count] = _Recording(program.run, hidden, (*inputs, *watch.kept))
             if len(self._recordings) > MOST:

@@ -138,7 +138,7 @@ class TorchRunner:
             self.caches = tuple(self._new_cache(shape) for _ in range(self.config.num_layers))
             if isinstance(self.kernels, CpuKernels) and self._world == 1:
                 blocks = -(-self._max_positions // self._block_size)
-                self._replay = Replay(self.kernels, self._compute, self._cos, self._sin, blocks)
+                self._replay = Replay(self.kernels, self.caches, self._cos, self._sin, blocks)
 
     def _new_cache(self, shape: tuple[int, ...]) -> KVCache:
         keys, values = (_zeros(shape, self.kv_dtype, self.kernels.device) for _ in range(2))
@@ -242,7 +242,7 @@ class TorchRunner:
         )
 
     def _hidden(self, step: StepArrays) -> Tensor:
-        replayed = None if self._replay is None else self._replay.run(step)
+        replayed = None if self._replay is None else self._replay.run(step, self._compute)
         if replayed is not None:
             return replayed
         ids, positions, slots = (torch.from_numpy(array) for array in (step.ids, step.positions, step.slots))

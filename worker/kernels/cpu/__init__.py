@@ -35,7 +35,8 @@ _FLOATS: dict[torch.dtype, linear.Format] = {
 class CpuKernels:
     """Implements `worker.kernels.Kernels` for one instruction set. Its threads are those of the native module.
 
-    Edits of single logits are torch's, and so is the arithmetic of a draw, but for what looks at a whole vocabulary.
+    Edits of single logits are torch's, and so is the arithmetic of a draw, but for what looks at a whole vocabulary and
+    for random words.
     """
 
     name = "cpu"
@@ -65,12 +66,14 @@ class CpuKernels:
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.linear(self.native, x, prepared, out)
 
-    def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
-        return linear.embed(self.native, ids, prepared)
+    def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
+        return linear.embed(self.native, ids, prepared, out)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if residual is None:
-            return rows.rms_norm(self.native, x, weight, eps)
+            return rows.rms_norm(self.native, x, weight, eps, out=out)
         return rows.rms_norm(self.native, x, weight, eps, residual, out=x, total=residual)
 
     def rope_and_cache(

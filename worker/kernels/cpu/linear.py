@@ -148,12 +148,15 @@ def linear(module: ModuleType, x: Tensor, packed: PackedLinear, out: Tensor | No
     return out
 
 
-def embed(module: ModuleType, ids: Tensor, packed: PackedLinear) -> Tensor:
+def embed(module: ModuleType, ids: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor:
     """Rows `ids` (int64 [T]) of the weight, float32 [T, K]. Raises IndexError for an id that it doesn't have."""
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"embed takes int64 [T], got {ids.dtype} {list(ids.shape)}")
     ids = ids.contiguous()
-    out = torch.empty(ids.shape[0], packed.in_features)
+    if out is None:
+        out = torch.empty(ids.shape[0], packed.in_features)
+    elif out.shape != (ids.shape[0], packed.in_features) or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous float32 {[ids.shape[0], packed.in_features]}")
     module.embed(
         packed.code,
         packed.address,

@@ -140,10 +140,12 @@ class CudaKernels:
             return self._ops.linear(x, prepared.weight, prepared.bias, out)
         return linear.dense(x, prepared, out, fixed_rows=self._deterministic)
 
-    def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
+    def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.embed(ids, prepared)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._ops.rms_norm(x, weight, eps, residual)
 
     def rope_and_cache(

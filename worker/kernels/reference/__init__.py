@@ -50,10 +50,12 @@ class ReferenceKernels:
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return dense.linear(x, prepared)
 
-    def embed(self, ids: Tensor, prepared: PreparedLinear) -> Tensor:
+    def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return dense.embed(ids, prepared)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return dense.rms_norm(x, weight, eps, residual)
 
     def rope_and_cache(

@@ -60,6 +60,13 @@ class Program {
     }
 
     size_t size() const { return calls_.size(); }
+    // Whether nothing was called meanwhile that programs don't take.
+    bool complete() const { return complete_; }
+
+    // Says that a call is made which the program won't have.
+    static void leave_out() {
+        if (recorded_) recorded_->complete_ = false;
+    }
 
     // Makes a call, without the lock of Python, and records it where that is wanted.
     template <class F>
@@ -71,6 +78,7 @@ class Program {
 
    private:
     std::vector<std::function<void()>> calls_;
+    bool complete_ = true;
     static thread_local Program* recorded_;
 };
 
@@ -117,27 +125,32 @@ void silu_mul(Address gate_up, Address out, int64_t rows, int64_t size) {
 }
 
 void argmax(Address logits, int64_t rows, int64_t size, Address ids) {
+    Program::leave_out();
     const py::gil_scoped_release unlocked;
     qwire::argmax(at<const float>(logits), rows, size, at<int64_t>(ids));
 }
 
 void top_values(Address logits, int64_t rows, int64_t size, int64_t k, Address values, Address ids) {
+    Program::leave_out();
     const py::gil_scoped_release unlocked;
     qwire::top_values(at<const float>(logits), rows, size, k, at<float>(values), at<int64_t>(ids));
 }
 
 void total_mass(Address logits, Address peaks, int64_t rows, int64_t size, Address masses) {
+    Program::leave_out();
     const py::gil_scoped_release unlocked;
     qwire::total_mass(at<const float>(logits), at<const float>(peaks), rows, size, at<double>(masses));
 }
 
 void divide_rows(Address logits, int64_t size, Address chosen, Address divisors, int64_t count) {
+    Program::leave_out();
     const py::gil_scoped_release unlocked;
     qwire::divide_rows(at<float>(logits), size, at<const int64_t>(chosen), at<const float>(divisors), count);
 }
 
 void philox_words(Address ids, Address rows, int64_t count, Address positions, Address choices, Address seeds,
                   Address words) {
+    Program::leave_out();
     const py::gil_scoped_release unlocked;
     qwire::philox_words(at<const int64_t>(ids), at<const int64_t>(rows), count, at<const int64_t>(positions),
                         at<const int64_t>(choices), at<const uint64_t>(seeds), at<int64_t>(words));
@@ -181,18 +194,18 @@ void def_linear(py::module_& module) {
     module.def(
         "quantize_rows",
         [](Address memory, int64_t rows, int64_t size, Address x, int64_t x_stride) {
-            qwire::quantize_rows({at(memory), rows, size}, at<float>(x), x_stride);
-        },
-        Unlocked());
+            Program::make([=] { qwire::quantize_rows({at(memory), rows, size}, at<float>(x), x_stride); });
+        });
     module.def("quantized_rows_bytes", &qwire::QuantizedRows::bytes);
     module.def(
         "linear_quantized",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address memory,
            Address y, int64_t y_stride) {
-            qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in},
-                          at<float>(y), y_stride);
-        },
-        Unlocked());
+            Program::make([=] {
+                qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in}, at<float>(y),
+                              y_stride);
+            });
+        });
     module.def(
         "embed",
         [](int format, Address packed, int64_t out, int64_t in, int64_t count, Address ids, Address y) {
@@ -213,6 +226,7 @@ PYBIND11_MODULE(QWIRE_MODULE, module) {
         .def("record", &Program::record)
         .def_static("stop", &Program::stop)
         .def("run", &Program::run)
+        .def_property_readonly("complete", &Program::complete)
         .def("__len__", &Program::size);
     module.def("paged_attention", &paged_attention);
     module.def("rms_norm", &rms_norm);

@@ -112,7 +112,7 @@ QWIRE_INLINE void keep(const float* from, int64_t dim, void* pool, float* scales
             poison = fma(x, f32v{}, poison);
         }
         const float scale = max(most) / 127.0f + sum(poison);
-        const f32v factor = splat(scale > 0.0f ? 1.0f / scale : 0.0f);
+        const f32v factor = splat(scale >= 0x1p-126f ? 1.0f / scale : 0.0f);  // a smaller one has no finite inverse
         scales[slot] = scale;
         for (int64_t d = 0; d < dim; d += kLanes) {
             const f32v code = load<f32v>(from + d) * factor;
