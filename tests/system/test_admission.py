@@ -48,7 +48,7 @@ def test_a_call_that_grpc_sent_again_supersedes_the_first(tiny: RunningStack, cl
     with Client(tiny.address, options=[RETRIES]) as retrying:
         first = client.generate(token_ids=[1, 2, 3], max_tokens=3000, ignore_eos=True, request_id="again")
         next(first)
-        second = retrying.generate(token_ids=[1, 2, 3], max_tokens=200, ignore_eos=True, request_id="again")
+        second = retrying.generate(token_ids=[1, 2, 3], max_tokens=1500, ignore_eos=True, request_id="again")
         second.start()
         with pytest.raises(QwireError) as caught:
             first.read()
@@ -57,6 +57,6 @@ def test_a_call_that_grpc_sent_again_supersedes_the_first(tiny: RunningStack, cl
         with pytest.raises(QwireError) as caught:
             client.generate(token_ids=[1, 2, 3], max_tokens=5, request_id="again").start()
         assert caught.value.reason == Reason.DUPLICATE_REQUEST_ID
-        assert len(second.read().token_ids) == 200
+        assert len(second.read().token_ids) == 1500
         assert eventually(lambda: tiny.state().active_streams == 0, 2)
         assert eventually(lambda: tiny.state().blocks_in_use == 0, 2)
