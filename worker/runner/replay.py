@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from worker.kernels import KVCache
 from worker.kernels.cpu import CpuKernels
-from worker.kernels.cpu.attention import CpuPlan
+from worker.kernels.cpu.attention import CpuPlan, chunk_arrays
 from worker.model.qwen import Buffers
 from worker.runner.batch import StepArrays
 
@@ -82,7 +82,7 @@ class Replay:
         self._row_turns = np.zeros((rows, cos.shape[1]), np.float32), np.zeros((rows, cos.shape[1]), np.float32)
         """Of the rows' positions."""
         self._chunks = tuple(np.zeros(size, np.int64) for size in (rows, rows, rows * blocks, rows))
-        """Starts, lengths, block tables end to end, where each chunk's table begins."""
+        """Room for what `chunk_arrays` makes of a step."""
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         """By rows and chunks."""
         self._met: set[tuple[int, int]] = set()
@@ -106,18 +106,16 @@ class Replay:
         return recording.hidden
 
     def _fill(self, step: StepArrays) -> None:
-        rows, batch = len(step.ids), step.ragged
+        rows = len(step.ids)
         for turns, of_rows in zip(self._turns, self._row_turns, strict=True):
             # Without a mode, numpy buffers what it writes to `out`. Positions were checked where the step was built.
             turns.take(step.positions, axis=0, out=of_rows[:rows], mode="clip")
-        sizes = np.fromiter(map(len, batch.block_tables), np.int64)
-        chunks = batch.starts, batch.lengths, np.concatenate(batch.block_tables), np.cumsum(sizes) - sizes
-        for target, source in zip((*self._rows, *self._chunks), (step.ids, step.slots, *chunks), strict=True):
+        sources = step.ids, step.slots, *chunk_arrays(step.ragged)
+        for target, source in zip((*self._rows, *self._chunks), sources, strict=True):
             target[: len(source)] = source
 
     def _record(self, rows: int, count: int, forward: Forward) -> Tensor:
-        starts, lengths, tables, table_starts = (array.ctypes.data for array in self._chunks)
-        plan = CpuPlan(rows, self._chunks, (starts, lengths, tables, table_starts), count)
+        plan = CpuPlan.over(rows, self._chunks, count)
         ids, slots = (torch.from_numpy(array[:rows]) for array in self._rows)
         cos, sin = (torch.from_numpy(array[:rows]) for array in self._row_turns)
         inputs = ids, cos, sin, slots

@@ -38,21 +38,28 @@ class CpuPlan:
     addresses: tuple[int, int, int, int]
     chunks: int
 
+    @classmethod
+    def over(cls, rows: int, arrays: tuple[npt.NDArray[np.int64], ...], chunks: int) -> CpuPlan:
+        """Of arrays that `chunk_arrays` made, or that have room for what it makes."""
+        starts, lengths, tables, table_starts = arrays
+        addresses = (starts.ctypes.data, lengths.ctypes.data, tables.ctypes.data, table_starts.ctypes.data)
+        return cls(rows, arrays, addresses, chunks)
+
+
+def chunk_arrays(batch: RaggedBatch) -> tuple[npt.NDArray[np.int64], ...]:
+    """Starts, lengths, block tables end to end, and where each chunk's table begins."""
+    tables = batch.block_tables
+    sizes = np.fromiter(map(len, tables), np.int64, len(tables))
+    joined = np.concatenate(tables) if len(tables) > 1 else tables[0]
+    return batch.starts, batch.lengths, joined, np.cumsum(sizes) - sizes
+
 
 def plan_attention(batch: RaggedBatch) -> CpuPlan:
     """See `Kernels.plan_attention`. Raises ValueError for a block size that is no power of two up to 256."""
     if batch.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         raise ValueError(f"block_size must be a power of two up to 256, got {batch.block_size}")
-    tables = batch.block_tables
-    sizes = np.fromiter((len(table) for table in tables), np.int64, len(tables))
-    joined = np.concatenate(tables) if len(tables) > 1 else tables[0]
-    arrays = tuple(
-        np.ascontiguousarray(array, np.int64)
-        for array in (batch.starts, batch.lengths, joined, np.cumsum(sizes) - sizes)
-    )
-    starts, lengths, joined, table_starts = arrays
-    addresses = (starts.ctypes.data, lengths.ctypes.data, joined.ctypes.data, table_starts.ctypes.data)
-    return CpuPlan(int(lengths.sum()), arrays, addresses, len(tables))
+    arrays = tuple(np.ascontiguousarray(array, np.int64) for array in chunk_arrays(batch))
+    return CpuPlan.over(int(batch.lengths.sum()), arrays, len(batch.lengths))
 
 
 def paged_attention(
