@@ -25,7 +25,7 @@ from worker.face import WorkerFace
 from worker.identity import describe, read_digests
 from worker.kernels import pin_threads, usable_cpus
 from worker.loading import connect, load, threads_of
-from worker.model import ModelConfig, ModelError, check_shares, resolve_quantization, weights_state
+from worker.model import ModelConfig, ModelError, check_shares, check_stages, resolve_quantization, weights_state
 from worker.parallel import LOST, Group, GroupError, Place, run_ranks
 from worker.runner.parallel import ParallelRunner, follow
 from worker.runner.runner import TorchRunner
@@ -73,10 +73,14 @@ def launch(config: WorkerConfig) -> None:
     except ModelError as error:
         raise ConfigError(f"--tp: {error}") from error
     try:
+        check_stages(model, config.pp)
+    except ModelError as error:
+        raise ConfigError(f"--pp: {error}") from error
+    try:
         resolve_quantization(model, config.quantize)
     except ModelError as error:
         raise ConfigError(f"--{error}") from error
-    sys.exit(run_ranks(config.tp, lambda place: rank_main(config, place), final=FINAL_STATUSES))
+    sys.exit(run_ranks(config.tp * config.pp, lambda place: rank_main(config, place), final=FINAL_STATUSES))
 
 
 def rank_main(config: WorkerConfig, place: Place) -> int:
@@ -84,7 +88,7 @@ def rank_main(config: WorkerConfig, place: Place) -> int:
     remembered = Remembered.read(place)
     if remembered.address:
         config = replace(config, listen=remembered.address)
-    group = Group(place.rank, place.world)
+    group = Group(place.rank, config.tp, config.pp)
     try:
         if place.rank == 0:
             run(lambda: serve(config, place, group, remembered))
@@ -118,7 +122,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     connect(config, group, place, runner)
     info = describe(config, runner, digests, constraints=grammars is not None)
     lost = asyncio.Event()
-    ranks = _leader(config, runner, group, lost) if group.world > 1 else None
+    ranks = _leader(config, runner, group, lost) if group.size > 1 else None
     face = WorkerFace(info, grammars)
     engine = Engine(
         ranks or runner,
@@ -152,7 +156,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
     # Before anyone can know the address, or a group that dies now would leave it behind.
     Remembered(address, digests.weights, state).leave(place)
     print(f"listening on {address}", flush=True)  # noqa: T201 - read by whoever started us
-    if group.world == 1 and threads_of(config, group) == len(usable_cpus()):
+    if group.size == 1 and threads_of(config, group) == len(usable_cpus()):
         # Threads that have all CPUs for themselves stay on them; others might be put on top of another process's. The
         # engine's is the next to call a kernel.
         pin_threads(runner.kernels, usable_cpus())

@@ -67,6 +67,9 @@ def layer_moments(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[
     kernels = choose_kernels(head_dim=config.head_dim, threads=len(usable_cpus())).kernels
     dtype = resolve_dtype(config, "auto")
     model = load_model(folder, config, kernels, dtype)
+    embedding = model.model.embed_tokens
+    if embedding is None:
+        raise RuntimeError("a stage of a model was loaded, not the whole")
     blocks = tuple(range(-(-max(map(len, sequences)) // _BLOCK_SIZE)))
     cos, sin = rotation_table(config.rope, config.head_dim, SEQUENCE)
     shape = (config.num_kv_heads, len(blocks), _BLOCK_SIZE, config.head_dim)
@@ -86,7 +89,7 @@ def layer_moments(folder: Path, sequences: Sequence[Sequence[int]]) -> Iterator[
         positions = torch.from_numpy(step.positions)
         attention = kernels.plan_attention(step.ragged, config.num_kv_heads, windows)
         steps.append(StepInputs(cos[positions], sin[positions], torch.from_numpy(step.slots), attention, buffers))
-        states.append((model.model.embed_tokens(torch.from_numpy(step.ids)), None))
+        states.append((embedding(torch.from_numpy(step.ids)), None))
     for index, layer in enumerate(model.model.layers):
         watched: dict[str, _Watched] = {}
         for path, part in list(layer.named_modules(f"model.layers.{index}")):

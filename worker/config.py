@@ -51,9 +51,9 @@ class WorkerConfig:
     )
     kv_dtype: str = setting(
         default="auto",
-        help="What keys and values are kept in; auto is as dtype. int8 has a scale for each position and head, "
-        "and takes about half of bfloat16's memory.",
-        type=click.Choice(["auto", *DTYPES, "int8"]),
+        help="What keys and values are kept in; auto is as dtype. int8 and fp8 (e4m3, of the cuda kernels) have a "
+        "scale for each position and head, and take about half of bfloat16's memory.",
+        type=click.Choice(["auto", *DTYPES, "int8", "fp8"]),
     )
     kv_cache_mib: int = setting(
         default=0,
@@ -103,19 +103,24 @@ class WorkerConfig:
         help="Verify the books of scheduler and block pool after every step, and end where they are broken: for tests "
         "and for hunting a fault.",
     )
-    tp: int = setting(default=1, help="Ranks (processes) that share the model: its tensor parallelism.")
+    tp: int = setting(default=1, help="Ranks (processes) that share each layer of the model: its tensor parallelism.")
+    pp: int = setting(
+        default=1,
+        help="Stages that the layers are cut into, each of tp ranks: pipeline parallelism, for models that are too "
+        "large for the memory of tp ranks. Its tokens are those of one stage.",
+    )
     collective_timeout: float = setting(
         default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."
     )
     threads: int = setting(
         default=0,
         help="Threads that a rank computes with; 0 takes one for each CPU that the process may use, by its affinity "
-        "and its control group, or with --tp its share of them.",
+        "and its control group, or with --tp and --pp its share of them.",
     )
     grace: float = setting(default=30.0, help="Seconds that running requests get when the worker is told to stop.")
 
     def __post_init__(self) -> None:
-        for name in ("max_step_tokens", "max_running", "max_waiting", "tp"):
+        for name in ("max_step_tokens", "max_running", "max_waiting", "tp", "pp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
         for name in ("kv_blocks", "kv_cache_mib", "step_target_ms", "speculation", "threads", "grace"):

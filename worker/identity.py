@@ -67,7 +67,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
         f"isa {runner.kernels.isa}",
         # The arithmetic of a draw is torch's under either backend.
         f"torch on {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        f"tp {config.tp} pp 1",
+        f"tp {config.tp} pp {config.pp}",
         # Results that follow the batch are nobody else's, nor this worker's when it starts anew.
         *([] if runner.kernels.batch_invariant else [f"boot {boot_id}"]),
         grammar_numerics(),

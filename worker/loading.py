@@ -30,8 +30,8 @@ def load(config: WorkerConfig, group: Group) -> TorchRunner:
         torch.set_num_threads(1)  # beside the kernels' own threads, torch's would only be in the way
     log.info(
         "rank %d of %d loaded %s in %.1f s: weights %s, KV %s, %d threads",
-        group.rank,
-        group.world,
+        group.index,
+        group.size,
         config.name,
         time.monotonic() - started,
         runner.dtype if runner.quantization == "none" else f"{runner.quantization} and {runner.dtype}",
@@ -52,18 +52,18 @@ def connect(config: WorkerConfig, group: Group, place: Place, runner: TorchRunne
     except NoRoom as error:
         raise ConfigError(f"--gpu-memory-utilization: {error}") from error
     log.info(
-        "rank %d of %d: %d KV blocks of %d (%d MiB in all)",
-        group.rank,
-        group.world,
+        "rank %d of %d: %d KV blocks of %d (%d MiB)",
+        group.index,
+        group.size,
         runner.num_blocks,
         runner.block_size,
-        runner.num_blocks * runner.block_size * group.world * runner.kv_bytes_per_position // 2**20,
+        runner.num_blocks * runner.block_size * runner.kv_bytes_per_position // 2**20,
     )
 
 
 def threads_of(config: WorkerConfig, group: Group) -> int:
     """That a rank computes with on a CPU."""
-    return config.threads or max(1, len(usable_cpus()) // group.world)
+    return config.threads or max(1, len(usable_cpus()) // group.size)
 
 
 def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKernels:
@@ -73,7 +73,7 @@ def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKer
     threads = threads_of(config, group)
     dtype = resolve_dtype(model, config.dtype)
     options = CudaOptions(
-        index=group.rank,
+        index=group.index,
         deterministic=config.deterministic,
         attention=config.attention,
         dtype=dtype,
@@ -84,6 +84,8 @@ def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKer
         chosen = choose_kernels(config.backend, config.isa, head_dim=model.head_dim, threads=threads, cuda=options)
     except NativeError as error:
         raise ConfigError(f"--{'backend' if config.isa == 'auto' else 'isa'}: {error}") from error
+    if options.kv_dtype == torch.float8_e4m3fn and chosen.kernels.name != "cuda":
+        raise ConfigError(f"--kv-dtype: fp8 is for the cuda kernels; the {chosen.kernels.name} kernels have int8")
     torch.set_num_threads(threads)
     log.info(
         "backend %s, instruction set %s (%s), torch %s",

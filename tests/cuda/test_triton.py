@@ -12,6 +12,7 @@ import tests.helpers.interpreter  # noqa: F401 - before Triton is imported
 from tests.helpers.cuda import CpuDevice, Rerun
 from tests.helpers.models import write_random_qwen3
 from tests.helpers.steps import chunk, greedy, plan, table
+from worker.engine.plan import StepPlan
 from worker.kernels import ReferenceKernels
 from worker.kernels.cuda import CudaError, CudaKernels, CudaOptions, choose
 from worker.runner import TorchRunner
@@ -49,6 +50,30 @@ def test_tokens_are_the_references(folder: Path, kv_dtype: str) -> None:
     runner.make_ready()
     assert greedy(runner, PROMPT, 4, [0, 1]) == expected
     assert {cache.scales is not None for cache in runner.caches} == {kv_dtype == "int8"}
+
+
+def test_keys_and_values_in_fp8(folder: Path) -> None:
+    """No reference has them: logits are near those of float32, and not the same."""
+    exact = TorchRunner(folder, num_blocks=2, kernels=ReferenceKernels())
+    runner = CudaRunner(
+        folder,
+        kernels=kernels(torch.float8_e4m3fn),
+        settings=CudaSettings(max_running=1),
+        num_blocks=2,
+        kv_dtype="fp8",
+    )
+    runner.make_ready()
+    for cache in runner.caches:
+        assert cache.keys.dtype == cache.values.dtype == torch.float8_e4m3fn and cache.scales is not None
+    for step in (plan(chunk(PROMPT[:11], 0, [0])), plan(chunk(PROMPT[11:], 11, [0]))):
+        got, wanted = runner.forward_logits(step), exact.forward_logits(step)
+        error = (got - wanted).std() / wanted.std()
+        assert 0 < error < 0.06  # 3 bits of mantissa round by up to a sixteenth
+    # A block that is copied is read as the one that it was copied from.
+    more = chunk(PROMPT[11:], 11, [1])
+    before = runner.forward_logits(plan(chunk(PROMPT[11:], 11, [0])))
+    runner.execute(StepPlan([more], [(0, 1)]))
+    assert torch.equal(runner.forward_logits(plan(more)), before)
 
 
 def test_a_rows_bits_in_deterministic_mode(folder: Path) -> None:

@@ -33,8 +33,9 @@ class Job:
     num_blocks: int = 256
 
 
-def logits_on_ranks(world: int, jobs: Sequence[Job], scratch: Path) -> list[list[Tensor]]:
-    """Each job's logits, plan by plan, float32 [plan.num_tokens, V], as `world` ranks compute them together."""
+def logits_on_ranks(world: int, jobs: Sequence[Job], scratch: Path, stages: int = 1) -> list[list[Tensor]]:
+    """Each job's logits, plan by plan, float32 [plan.num_tokens, V], as `stages` of `world` ranks compute them
+    together."""
     scratch.mkdir(parents=True, exist_ok=True)
     described = [
         {
@@ -45,7 +46,7 @@ def logits_on_ranks(world: int, jobs: Sequence[Job], scratch: Path) -> list[list
         }
         for job in jobs
     ]
-    (scratch / "jobs.json").write_text(json.dumps({"world": world, "jobs": described}))
+    (scratch / "jobs.json").write_text(json.dumps({"world": world, "stages": stages, "jobs": described}))
     argv = [sys.executable, "-m", "tests.helpers.ranks", str(scratch / "jobs.json"), str(scratch / "out.safetensors")]
     subprocess.run(argv, check=True, timeout=100)
     out = load_file(scratch / "out.safetensors")
@@ -57,7 +58,7 @@ def _main(jobs: Path, out: Path) -> int:
 
     def rank(place: Place) -> int:
         torch.set_num_threads(1)
-        group = Group(place.rank, place.world)
+        group = Group(place.rank, given["world"], given["stages"])
         group.connect(place.meeting, timeout=30)
         logits = {}
         for number, job in enumerate(given["jobs"]):
@@ -70,7 +71,7 @@ def _main(jobs: Path, out: Path) -> int:
         group.meet()
         return 0
 
-    return run_ranks(given["world"], rank, final=(1,))
+    return run_ranks(given["world"] * given["stages"], rank, final=(1,))
 
 
 if __name__ == "__main__":

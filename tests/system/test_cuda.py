@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--kv-cache-mib", "64", "--max-running", "4", "--max-step-tokens", "16", "--speculation", "0")
 PROMPTS = [[(13 * index + 7 * i) % 250 for i in range(5 + 10 * index)] for index in range(4)]
 NEW = 6
-DEVICES = {"flash_attn": ("8.0", 256)}
+DEVICES = {"flash_attn": ("8.0", 256), "flash_attn_interface": ("9.0", 16)}
 """By module, a GPU that it is the best for, and the block size that it likes."""
-NAMES = {"flash_attn": "flash-attn 2.8.3"}
+NAMES = {"flash_attn": "flash-attn 2.8.3", "flash_attn_interface": "flash-attn-3 3.0.0"}
 
 
 def answers(client: Client) -> list[list[int]]:
@@ -68,6 +68,29 @@ def test_flash_attn_serves(model: Path, expected: list[list[int]], module: str) 
         assert answers(client) == expected
         assert any("backend cuda" in line and f"attention by {NAMES[module]}" in line for line in stack.lines)
         assert any(f"KV blocks of {block_size} (" in line for line in stack.lines)
+
+
+def test_keys_and_values_in_fp8(model: Path, expected: list[list[int]]) -> None:
+    environ = [f"PYTHONPATH={ROOT}", "TRITON_INTERPRET=1"]
+    command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")
+    flags = (*SMALL, "--backend", "cuda", "--kv-dtype", "fp8")
+    with (
+        running_stack(model, "tiny", worker_flags=flags, commands=Commands(worker=command)) as stack,
+        stack.client() as client,
+    ):
+        got = client.generate(token_ids=PROMPTS[1], max_tokens=NEW, ignore_eos=True, temperature=0).read().token_ids
+        assert got[0] == expected[1][0] and len(got) == NEW  # codes of 8 bits round: later ones may be others
+        assert any("KV torch.float8_e4m3fn" in line for line in stack.lines)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "auto"])
+def test_fp8_is_for_gpus(model: Path, backend: str) -> None:
+    argv = [sys.executable, "-m", "worker", "serve", "--model", str(model), "--listen", "127.0.0.1:0"]
+    result = subprocess.run(
+        [*argv, "--backend", backend, "--kv-dtype", "fp8"], capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 2
+    assert "--kv-dtype: fp8 is for the cuda kernels; the " in result.stderr
 
 
 def test_what_a_machine_without_a_gpu_is_told(model: Path) -> None:

@@ -20,13 +20,14 @@ from worker.kernels.quantized import Format, quantize
 from worker.model.checkpoint import Checkpoint, cast
 from worker.model.config import ModelConfig
 from worker.model.errors import ModelError
-from worker.model.layers import Matrix, Part, RMSNorm
-from worker.model.plan import MERGED, Shard, check_shares, style_of
+from worker.model.layers import Head, Matrix, Part, RMSNorm
+from worker.model.plan import MERGED, Shard, check_shares, stage_of, style_of
 from worker.model.quantization import cut_columns, format_of, join_rows, read_rows, resolve_quantization
 from worker.model.qwen import CausalLM
 from worker.parallel import Group
 
 PIECE_WEIGHTS = 4 * 1024 * 1024
+EMBEDDING = "model.embed_tokens"
 
 # Buffers that old checkpoints carry; we compute them.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -61,11 +62,17 @@ def load_model(
         for name, module in model.named_modules():
             if isinstance(module, RMSNorm):
                 module.weight = loader.vector(f"{name}.weight", module.parts[0].shape)
-            elif name == "lm_head" and config.tie_word_embeddings:
-                model.lm_head.prepared = model.model.embed_tokens.prepared
+            elif isinstance(module, Head) and config.tie_word_embeddings:
+                embedding = model.model.embed_tokens
+                # Where the embedding is in another stage, its table is read once more.
+                module.prepared = loader.matrix(EMBEDDING, module) if embedding is None else embedding.prepared
             elif isinstance(module, Matrix):
                 module.prepared = loader.matrix(name, module)
-        unexpected = [name for name in checkpoint.unread() if not _ignorable(name, config)]
+        unexpected = [
+            name
+            for name in checkpoint.unread()
+            if not _ignorable(name, config) and stage_of(name, config.num_layers, group.stages) == group.stage
+        ]
         if unexpected:
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
             raise ModelError(

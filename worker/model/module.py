@@ -3,7 +3,7 @@ hooks, whose lookups cost 1 to 2 µs a call, several hundred times a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T", bound="Module")
@@ -20,9 +20,13 @@ class Module:
             if isinstance(child, Module):
                 yield from child.named_modules(path)
             elif isinstance(child, ModuleList):
-                for index, item in enumerate(child):
+                for index, item in enumerate(child, child.first):
                     yield from item.named_modules(f"{path}.{index}")
 
 
 class ModuleList(list[T]):
-    """Modules named by their index."""
+    """Modules named by their index, of which the list's first item has `first`."""
+
+    def __init__(self, modules: Iterable[T], first: int = 0) -> None:
+        super().__init__(modules)
+        self.first = first

@@ -75,6 +75,29 @@ class Shard:
         return min(self.rank * rows, size), min((self.rank + 1) * rows, size)
 
 
+def stage_layers(layers: int, stage: int, stages: int) -> range:
+    """The layers of a pipeline's stage, by index: equal numbers, one more in earlier stages where they don't divide,
+    as the last one has the head besides."""
+    return range(-(-stage * layers // stages), -(-(stage + 1) * layers // stages))
+
+
+def stage_of(name: str, layers: int, stages: int) -> int:
+    """The stage that has a stored tensor, named as in a checkpoint. What is no layer's, the embedding aside, is the
+    last one's."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "embed_tokens"]:
+        return 0
+    if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal() and int(parts[2]) < layers:
+        return next(s for s in range(stages) if int(parts[2]) in stage_layers(layers, s, stages))
+    return stages - 1
+
+
+def check_stages(config: ModelConfig, stages: int) -> None:
+    """Raises ModelError where a model has not a layer for each stage."""
+    if stages > config.num_layers:
+        raise ModelError(f"num_hidden_layers, {config.num_layers}, cannot be cut into {stages} stages")
+
+
 def check_shares(config: ModelConfig, world: int) -> None:
     """Raises ModelError, naming field and value, where a model cannot be shared out over `world` ranks."""
     heads, kv_heads, inner = config.num_heads, config.num_kv_heads, config.intermediate_size

@@ -2,7 +2,8 @@
 
 T is the step's number of rows, H the hidden size; `worker.kernels.interface` states the other layouts. Sizes
 here are the whole model's; a rank's share of the heads shows in the shapes of its weights and cache. Hidden states are
-whole on every rank.
+whole on every rank. Of a pipeline's stages each has some of the layers, the first one the embedding, and the last one
+the final norm and the head.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from worker.kernels import AttentionPlan, Kernels, KVCache
 from worker.model.config import ModelConfig
 from worker.model.layers import Embedding, Head, Linear, Part, RMSNorm, RowLinear
 from worker.model.module import Module, ModuleList
-from worker.model.plan import Shard
+from worker.model.plan import Shard, stage_layers
 from worker.parallel import Group
 
 
@@ -31,7 +32,7 @@ class Buffers:
     ROWS = 64
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._whole: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], Tensor] = {}
 
@@ -41,9 +42,9 @@ class Buffers:
         if found is not None:
             return found
         if rows > self.ROWS:
-            return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
+            return torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         if name not in self._whole:
-            self._whole[name] = torch.empty(self.ROWS, columns, dtype=self._dtype, device=self._device)
+            self._whole[name] = torch.empty(self.ROWS, columns, dtype=self.dtype, device=self.device)
         self._views[name, rows] = view = self._whole[name][:rows]
         return view
 
@@ -136,36 +137,57 @@ class DecoderLayer(Module):
 
 
 class Model(Module):
-    """The backbone: ids to hidden states."""
+    """The backbone, or a stage of it: ids to hidden states."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
-        self.hidden_size = config.hidden_size
-        self.embed_tokens = Embedding(
-            kernels, group, config.vocab_size, config.hidden_size, tied=config.tie_word_embeddings
-        )
-        self.layers = ModuleList(DecoderLayer(config, i, kernels, group) for i in range(config.num_layers))
-        self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
+        self.group, self.hidden_size = group, config.hidden_size
+        self.embed_tokens = None
+        if group.first_stage:
+            # The head shares the embedding's memory where it is in the same stage.
+            tied = config.tie_word_embeddings and group.last_stage
+            self.embed_tokens = Embedding(kernels, group, config.vocab_size, config.hidden_size, tied)
+        layers = stage_layers(config.num_layers, group.stage, group.stages)
+        self.layers = ModuleList((DecoderLayer(config, i, kernels, group) for i in layers), layers.start)
+        self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps) if group.last_stage else None
 
-    def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
-        # What is embedded becomes the residual stream: its memory is nobody else's.
-        x, residual = self.embed_tokens(ids, step.buffers.take("embedded", len(ids), self.hidden_size)), None
+    def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor | None:
+        rows, buffers = len(ids), step.buffers
+        residual: Tensor | None
+        if self.embed_tokens is not None:
+            # What is embedded becomes the residual stream: its memory is nobody else's.
+            x, residual = self.embed_tokens(ids, buffers.take("embedded", rows, self.hidden_size)), None
+        else:
+            shape = (2, rows, self.hidden_size)
+            x, residual = self.group.take_over(torch.empty(shape, dtype=buffers.dtype, device=buffers.device))
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, step, cache)
-        return self.norm(x, residual)[0]
+        if self.norm is not None:
+            return self.norm(x, residual)[0]
+        if residual is None:
+            raise RuntimeError("a stage has no layer")
+        self.group.hand_on(torch.stack((x, residual)))
+        return None
 
 
 class CausalLM(Module):
-    """The backbone and the projection of hidden states to logits, which only chosen rows go through."""
+    """The backbone and the projection of hidden states to logits, which only chosen rows go through; or a stage of
+    them."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
         self.config = config
         self.model = Model(config, kernels, group)
-        self.lm_head = Head(kernels, group, config.vocab_size, config.hidden_size)
+        self.lm_head = Head(kernels, group, config.vocab_size, config.hidden_size) if group.last_stage else None
 
-    def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor:
-        """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer."""
+    def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor | None:
+        """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer.
+
+        In a pipeline: takes over what the stage before has of these rows, and hands on what there is to hand on. The
+        result is None in all stages but the last.
+        """
         return self.model(ids, step, caches)
 
     def compute_logits(self, hidden: Tensor, buffers: Buffers | None = None) -> Tensor | None:
-        """Hidden states [R, H] to float32 logits [R, V], on rank 0; in `buffers` if they are given."""
+        """In the last stage, hidden states [R, H] to float32 logits [R, V], on rank 0; in `buffers` if given."""
+        if self.lm_head is None:
+            raise RuntimeError("logits come to be in the last stage")
         return self.lm_head.logits(hidden, None if buffers is None else buffers.take)

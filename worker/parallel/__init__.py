@@ -1,4 +1,5 @@
-"""Tensor parallelism by processes: groups of ranks, their collectives, and the launcher that starts them."""
+"""Tensor and pipeline parallelism by processes: groups of ranks, their collectives, and the launcher that starts
+them."""
 
 from worker.parallel.group import Group, GroupError
 from worker.parallel.launcher import LOST, Place, RankPolicy, run_ranks

@@ -15,6 +15,7 @@ from worker.parallel.transport import (
     Collectives,
     Store,
     Transport,
+    Work,
     exchange,
     open_collectives,
     open_store,
@@ -52,21 +53,49 @@ def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Group:
-    """One rank's place among the `world` processes that share a model.
+    """One process's place among the `size` that share a model: its layers are cut into `stages`, one behind the other,
+    and the weights of each stage are shared out over `world` ranks.
+
+    Process 0 gives the orders. It is in the last stage, where logits come to be and tokens are drawn.
 
     A group of one needs no `connect`: its collectives return what they are given. Not thread-safe. Collectives raise
-    GroupError, and every rank must call the same ones in the same order with tensors of the same shape and dtype.
+    GroupError. Every rank of a stage must call the same ones in the same order with tensors of the same shape and
+    dtype, and stages must hand on what the next one takes over.
+
+    Args:
+        index: of this process, from 0 to `world * stages - 1`.
+        world: ranks of a stage.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not in a group of {world}")
-        self.rank, self.world = rank, world
-        self._others = [(rank + step) % world for step in range(1, world)]
+    def __init__(self, index: int = 0, world: int = 1, stages: int = 1) -> None:
+        if not 0 <= index < world * stages:
+            raise ValueError(f"rank {index} is not in a group of {world * stages}")
+        self.index, self.size = index, world * stages
+        self.rank, self.world = index % world, world
+        """Of this process within its stage."""
+        self.stage, self.stages = stages - 1 - index // world, stages
+        self._others = [(index + step) % self.size for step in range(1, self.size)]
+        self._first_peer = index - self.rank
+        """The process that has rank 0 in this stage."""
         self._store: Store | None = None
         self._transport: Transport | None = None
         self._collectives: Collectives | None = None
+        """Of this stage's GPUs."""
+        self._pipeline: Collectives | None = None
+        """Of the GPUs of all stages."""
+        self._handed_on: list[tuple[Work, Tensor]] = []
+        """Transfers under way, with the memory that they read."""
         self._ordered = True
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether ids are embedded here."""
+        return self.stage == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether logits come to be here."""
+        return self.stage == self.stages - 1
 
     def connect(self, meeting: Path, *, timeout: float, device: torch.device = CPU, ordered: bool = True) -> None:
         """Meets the other ranks; to be called once this rank is ready to work, however long that took.
@@ -79,19 +108,24 @@ class Group:
 
         Raises GroupError.
         """
-        if self.world == 1:
+        if self.size == 1:
             return
         with _told("meeting the other ranks"):
-            self._store = open_store(str(meeting), self.world)
-            wait_for_all(self._store, self.rank, self.world, timeout=MEET_SECONDS)
-            self._transport = open_transport(self._store, self.rank, self.world, timeout=timeout)
-            if device.type == "cuda":
-                self._collectives = open_collectives(self._store, self.rank, self.world, timeout=timeout)
-                self._ordered = ordered
+            self._store = open_store(str(meeting), self.size)
+            wait_for_all(self._store, self.index, self.size, timeout=MEET_SECONDS)
+            self._transport = open_transport(self._store, self.index, self.size, timeout=timeout)
+            if device.type != "cuda":
+                return
+            self._ordered = ordered
+            if self.world > 1:
+                stage = f"stage {self.stage}"
+                self._collectives = open_collectives(self._store, stage, self.rank, self.world, timeout=timeout)
+            if self.stages > 1:
+                self._pipeline = open_collectives(self._store, "pipeline", self.index, self.size, timeout=timeout)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The `ordered_sum` of all ranks' tensors, by rank, or NCCL's where that was asked for; the same on each. May
-        be `x`'s own memory."""
+        """The `ordered_sum` of the tensors of the stage's ranks, by rank, or NCCL's where that was asked for; the same
+        on each. May be `x`'s own memory."""
         if self.world == 1:
             return x
         if x.is_cuda:
@@ -100,11 +134,11 @@ class Group:
                 return x
             return ordered_sum(self._all_gathered(x))
         parts = [torch.empty_like(x) if rank != self.rank else x for rank in range(self.world)]
-        self._exchange(x, [(peer, parts[peer]) for peer in self._others])
+        self._exchange(x, [(self._first_peer + rank, parts[rank]) for rank in self._other_ranks()])
         return ordered_sum(parts)
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
-        """Every rank's tensor, by rank, on rank 0; None on the others."""
+        """The tensors of the stage's ranks, by rank, on its rank 0; None on the others."""
         if self.world == 1:
             return [x]
         if x.is_cuda:
@@ -113,22 +147,51 @@ class Group:
             return None if self.rank else parts
         with _told("gathering"):
             if self.rank:
-                self._open().send([x], 0, 0).wait()
+                self._open().send([x], self._first_peer, 0).wait()
                 return None
-            parts = [x, *(torch.empty_like(x) for _ in self._others)]
-            for work in [self._open().recv([parts[peer]], peer, 0) for peer in self._others]:
+            parts = [x, *(torch.empty_like(x) for _ in self._other_ranks())]
+            for work in [self._open().recv([parts[rank]], self._first_peer + rank, 0) for rank in self._other_ranks()]:
                 work.wait()
         return parts
 
+    def hand_on(self, x: Tensor) -> None:
+        """Begins to send `x`, which nobody may write to any more, to the same rank of the next stage."""
+        with _told("handing on to the next stage"):
+            transport = self._between_gpus() if x.is_cuda else self._open()
+            self._handed_on.append((transport.send([x], self.index - self.world, 0), x))
+
+    def take_over(self, x: Tensor) -> Tensor:
+        """`x`, filled with what the same rank of the stage before has handed on."""
+        with _told("waiting for the stage before"):
+            transport = self._between_gpus() if x.is_cuda else self._open()
+            transport.recv([x], self.index + self.world, 0).wait()
+        return x
+
+    def settle(self) -> None:
+        """Returns once the next stage has all that was handed on."""
+        with _told("handing on to the next stage"):
+            for work, _ in self._handed_on:
+                work.wait()
+        self._handed_on.clear()
+
+    def least(self, value: int) -> int:
+        """The least of all processes' values."""
+        if self.size == 1:
+            return value
+        mine = torch.tensor([value])
+        told = [(peer, torch.empty_like(mine)) for peer in self._others]
+        self._exchange(mine, told)
+        return min(value, *(int(theirs) for _, theirs in told))
+
     def meet(self) -> None:
-        """Returns once every rank has come here."""
-        if self.world == 1:
+        """Returns once every process has come here."""
+        if self.size == 1:
             return
         mark = torch.zeros(1, dtype=torch.uint8)
         self._exchange(mark, [(peer, torch.empty_like(mark)) for peer in self._others])
 
     def send_all(self, message: bytes) -> None:
-        """From rank 0: `message` to every other rank, which takes it by `receive`."""
+        """From process 0: `message` to every other one, which takes it by `receive`."""
         if len(message) > _LONGEST:
             raise ValueError(f"a message holds at most {_LONGEST} bytes, got {len(message)}")
         data = len(message).to_bytes(_LENGTH, "little") + message
@@ -138,7 +201,7 @@ class Group:
             self._broadcast(torch.frombuffer(bytearray(data[_FRAME:]), dtype=torch.uint8))
 
     def receive(self) -> bytes:
-        """On the other ranks: rank 0's next message. Blocks without using a core."""
+        """On the others: process 0's next message. Blocks without using a core."""
         frame = self._take(_FRAME)
         length = int.from_bytes(frame[:_LENGTH], "little")
         if length > _LONGEST:
@@ -161,6 +224,9 @@ class Group:
         with _told("exchanging with the other ranks"):
             exchange(self._open(), x, received)
 
+    def _other_ranks(self) -> list[int]:
+        return [rank for rank in range(self.world) if rank != self.rank]
+
     def _all_gathered(self, x: Tensor) -> list[Tensor]:
         """Every rank's tensor on a GPU, by rank."""
         x = x.contiguous()
@@ -173,6 +239,11 @@ class Group:
         if self._collectives is None:
             raise RuntimeError("the group's GPUs are not connected")
         return self._collectives
+
+    def _between_gpus(self) -> Collectives:
+        if self._pipeline is None:
+            raise RuntimeError("the stages' GPUs are not connected")
+        return self._pipeline
 
     def _open(self) -> Transport:
         if self._transport is None:

@@ -46,6 +46,10 @@ class Collectives(Protocol):
 
     def allgather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor]) -> Work: ...
 
+    def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> Work: ...  # noqa: N803 - torch's names
+
+    def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> Work: ...  # noqa: N803
+
 
 def open_store(meeting: str, world: int) -> Store:
     """Where ranks leave each other their ports: the file `meeting`, the group's own. To be kept as long as the group:
@@ -78,9 +82,9 @@ def open_transport(store: Any, rank: int, world: int, *, timeout: float) -> Tran
     return group
 
 
-def open_collectives(store: Any, rank: int, world: int, *, timeout: float) -> Collectives:
-    """Connects this rank's GPU with those of all others, which do the same at the same time; each has set its own as
-    torch's current one. Raises RuntimeError.
+def open_collectives(store: Any, name: str, rank: int, world: int, *, timeout: float) -> Collectives:
+    """Connects this rank's GPU with the `world` of those who call this with the same name, at the same time; each has
+    set its own as torch's current one. Raises RuntimeError.
 
     A rank that dies leaves its peers' GPUs waiting: `timeout` seconds later NCCL's watchdog ends their processes,
     unless the launcher, which sees the death at once, has done so.
@@ -92,7 +96,7 @@ def open_collectives(store: Any, rank: int, world: int, *, timeout: float) -> Co
         raise RuntimeError("this build of torch has no NCCL")
     options = nccl.Options()
     options._timeout = timedelta(seconds=timeout)
-    group: Collectives = nccl(c10d.PrefixStore("nccl", store), rank, world, options)
+    group: Collectives = nccl(c10d.PrefixStore(f"nccl/{name}", store), rank, world, options)
     return group
 
 

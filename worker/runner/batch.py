@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,47 @@ class StepArrays:
     draw_rows: npt.NDArray[np.int64]
     """[draws]: the row whose logits each draw is from."""
     ragged: RaggedBatch
+
+    def part(self, first: int, stop: int) -> StepArrays:
+        """Rows `first` to `stop`, without draws: a step by itself, for which those before them must have been
+        computed."""
+        ragged = self.ragged
+        ends = np.cumsum(ragged.lengths)
+        begins = ends - ragged.lengths
+        held = np.flatnonzero((ends > first) & (begins < stop))
+        skipped = np.maximum(first - begins[held], 0)
+        return StepArrays(
+            self.ids[first:stop],
+            self.positions[first:stop],
+            self.slots[first:stop],
+            np.empty(0, np.int64),
+            RaggedBatch(
+                ragged.starts[held] + skipped,
+                np.minimum(ends[held], stop) - begins[held] - skipped,
+                [ragged.block_tables[index] for index in held.tolist()],
+                ragged.num_blocks,
+                ragged.block_size,
+            ),
+        )
+
+
+PART_ROWS = 128
+"""Of the least part of a step that is worth computing by itself: weights are read for each. More than a runner's
+buffers hold, so that a part's hidden states lie in memory of their own."""
+PARTS_PER_STAGE = 2
+"""More of them leave stages less time without work, and cost more."""
+
+
+def pipeline_parts(step: StepArrays, stages: int) -> Iterator[StepArrays]:
+    """A step in parts that follow each other through a pipeline: a stage works on one while the next stage works on
+    the one before it. A few rows are one part."""
+    rows = len(step.ids)
+    count = 1 if stages == 1 else max(1, min(PARTS_PER_STAGE * stages, rows // PART_ROWS))
+    if count == 1:
+        yield step
+        return
+    for index in range(count):
+        yield step.part(rows * index // count, rows * (index + 1) // count)
 
 
 def build_step(plan: StepPlan, *, num_blocks: int, block_size: int, max_positions: int, vocab_size: int) -> StepArrays:

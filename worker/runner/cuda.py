@@ -107,7 +107,6 @@ class CudaRunner(TorchRunner):
         quantize: str = "none",
         group: Group | None = None,
     ) -> None:
-        group = group or Group()
         super().__init__(
             folder,
             num_blocks=None,
@@ -118,14 +117,14 @@ class CudaRunner(TorchRunner):
             kernels=kernels,
             group=group,
         )
-        self._cuda, self._settings, self._group = kernels, settings, group
+        self._cuda, self._settings = kernels, settings
         self._wanted_blocks = num_blocks
         self._graphs: DecodeGraphs | None = None
         self._ahead: _Ahead | None = None
 
     @property
     def positions_ahead(self) -> int:
-        return int(self._settings.graphs and self._group.world == 1)
+        return int(self._settings.graphs and self._group.size == 1)
 
     def make_ready(self) -> None:
         """Sizes the cache and records graphs; all ranks at the same time, once their group is connected.
@@ -133,13 +132,13 @@ class CudaRunner(TorchRunner):
         Raises NoRoom where not one block fits.
         """
         started = time.monotonic()
-        self.make_cache(self._wanted_blocks or self._agreed(self._fitting()), dummies=1)
+        self.make_cache(self._wanted_blocks or self._group.least(self._fitting()), dummies=1)
         if self._settings.graphs:
             with torch.inference_mode():
                 self._graphs = self._record()
         log.info(
             "rank %d: %d KV blocks of %d, graphs for %s rows, ready in %.1f s",
-            self._group.rank,
+            self._group.index,
             self.num_blocks,
             self.block_size,
             "no" if self._graphs is None else ", ".join(map(str, self._graphs.rungs)),
@@ -181,24 +180,25 @@ class CudaRunner(TorchRunner):
         return owners, draw_all(self.kernels, logits, draws, lambda tensors: Download(self._cuda.gpu, tensors))
 
     def _forward(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """Logits of the chunks' draws, float32 [draws, V]; None without any, and on ranks other than 0."""
+        """Logits of the chunks' draws, float32 [draws, V]; None without any, and on ranks other than 0 of the last
+        stage."""
         step, count = self._build(StepPlan(chunks)), len(chunks)
         if self._graphs is not None and all(map(is_decode, chunks)) and self._graphs.rung(count) is not None:
             rows = DecodeRows(step.positions, step.slots, padded_tables(step.ragged.block_tables))
             (ids,) = self._cuda.staging.upload(step.ids)
             return self._graphs.run(rows, ids, self._cuda.staging)
         hidden = self._hidden(step)
-        if not len(step.draw_rows):
+        if hidden is None or not len(step.draw_rows):
             return None
         (indexes,) = self._cuda.staging.upload(step.draw_rows)
         return self._logits(hidden[indexes])
 
-    def _hidden(self, step: StepArrays) -> Tensor:
+    def _forward_rows(self, step: StepArrays) -> Tensor | None:
         ids, positions, slots = self._cuda.staging.upload(step.ids, step.positions, step.slots)
         plan = self._cuda.plan_attention(step.ragged, self._kv_heads, self._windows)
         return self._run(ids, positions, slots, plan)
 
-    def _run(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: CudaPlan) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: CudaPlan) -> Tensor | None:
         inputs = StepInputs(self._cos[positions], self._sin[positions], slots, attention, self._buffers)
         return self._model(ids, inputs, self.caches)
 
@@ -212,7 +212,8 @@ class CudaRunner(TorchRunner):
         buffers = DecodeBuffers(rungs[-1], blocks, self.block_size, self.num_blocks, self.kernels.device)
 
         def forward(ids: Tensor, positions: Tensor, slots: Tensor, plan: CudaPlan) -> Tensor | None:
-            return self._logits(self._run(ids, positions, slots, plan))
+            hidden = self._run(ids, positions, slots, plan)
+            return None if hidden is None else self._logits(hidden)
 
         return DecodeGraphs(rungs, buffers, forward, self._cuda.gpu.recorder())
 
@@ -227,7 +228,7 @@ class CudaRunner(TorchRunner):
         """
         chunks = [plan.chunks[index] for indexes, _ in parts for index in indexes]
         graphs, size = self._graphs, self.block_size
-        if not chunks or graphs is None or self._group.world > 1 or graphs.rung(len(chunks)) is None:
+        if not chunks or graphs is None or self._group.size > 1 or graphs.rung(len(chunks)) is None:
             return None
         positions = np.array([chunk.start + len(chunk.token_ids) for chunk in chunks], np.int64)
         room = np.array([len(chunk.block_table) for chunk in chunks]) * size
@@ -252,8 +253,10 @@ class CudaRunner(TorchRunner):
         chunks = [Chunk([0] * length, 0, range(index * per_chunk, (index + 1) * per_chunk)) for index in range(count)]
         with torch.inference_mode():
             hidden = self._hidden(self._build(StepPlan(chunks)))
-            rows = torch.arange(settings.max_running, device=hidden.device) % hidden.shape[0]
-            logits = self._logits(hidden[rows])
+            logits = None
+            if hidden is not None:
+                rows = torch.arange(settings.max_running, device=hidden.device) % hidden.shape[0]
+                logits = self._logits(hidden[rows])
             if logits is not None:
                 draw = Draw(SamplingParams(temperature=1.0, top_p=0.9), 0, 0)
                 self._draw([0], StepPlan([Chunk([0], 0, [0], [draw] * settings.max_running)]), logits)[1].read()
@@ -261,7 +264,7 @@ class CudaRunner(TorchRunner):
         del hidden, logits
         self.caches = ()
         gpu.reset_peak()
-        rung = ladder(settings.max_running)[-1] if settings.graphs else 0
+        rung = ladder(settings.max_running)[-1] if settings.graphs and self._group.last_stage else 0
         return blocks_that_fit(
             after,
             settings.memory_share,
@@ -269,14 +272,3 @@ class CudaRunner(TorchRunner):
             graph_logits=rung * self.config.vocab_size * 4,
             block_bytes=size * self.kv_bytes_per_position,
         )
-
-    def _agreed(self, blocks: int) -> int:
-        """The least number that any rank has; ranks' caches hold the same blocks."""
-        told = self._group.gather(torch.tensor([blocks]))
-        if self._group.world == 1:
-            return blocks
-        if told is None:
-            return int.from_bytes(self._group.receive(), "little")
-        least = min(int(part) for part in told)
-        self._group.send_all(least.to_bytes(8, "little"))
-        return least

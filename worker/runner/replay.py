@@ -27,8 +27,8 @@ from worker.runner.batch import StepArrays
 MOST = 128
 """Recordings that are kept, some 100 kB each; the one that was not used for longest goes first."""
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, CpuPlan], Tensor]
-"""ids, cos, sin, slots and attention of a step to its hidden states."""
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, CpuPlan], Tensor | None]
+"""ids, cos, sin, slots and attention of a step to its hidden states, of a model that is in one stage."""
 
 _FREE = frozenset({"empty", "empty_like", "view", "stride", "data_ptr", "is_contiguous", "dim", "__get__", "__len__"})
 """What torch may do in a step besides: none of it reads or writes an element."""
@@ -127,6 +127,8 @@ class Replay:
                 hidden = forward(*inputs, plan)
         finally:
             program.stop()
+        if hidden is None:
+            raise RuntimeError("a stage of a pipeline can't be recorded")
         self._usable = program.complete and not watch.computed
         if self._usable:
             self._recordings[rows, count] = _Recording(program.run, hidden, (*inputs, *watch.kept))

@@ -15,16 +15,28 @@ from torch import Tensor
 from worker.engine.plan import Drawn, StepPlan
 from worker.kernels import AttentionPlan, Kernels, KVCache, choose_kernels
 from worker.kernels.cpu import CpuKernels
-from worker.model import ModelConfig, ModelError, Shard, check_shares, load_model, resolve_quantization
+from worker.model import (
+    ModelConfig,
+    ModelError,
+    Shard,
+    check_shares,
+    check_stages,
+    load_model,
+    resolve_quantization,
+    stage_layers,
+)
 from worker.model.config import DTYPES
 from worker.model.layers import Matrix
 from worker.model.module import Module
 from worker.model.qwen import Buffers, StepInputs
 from worker.model.rope import rotation_table
 from worker.parallel import Group
-from worker.runner.batch import StepArrays, build_step
+from worker.runner.batch import StepArrays, build_step, pipeline_parts
 from worker.runner.drawing import draw_all, score_all
 from worker.runner.replay import Replay
+
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What keys and values can be kept in with scales, by the settings' names."""
 
 SCORED_ROWS = 32
 """Rows whose logits are held at a time where only log-probabilities are wanted of them."""
@@ -41,17 +53,18 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
 
 def resolve_kv_dtype(config: ModelConfig, kv_dtype: str, dtype: str) -> torch.dtype:
     """What keys and values are kept in; "auto" is as `dtype`. Raises ModelError for an unknown name."""
-    if kv_dtype == "int8":
-        return torch.int8
+    if kv_dtype in CODES:
+        return CODES[kv_dtype]
     return resolve_dtype(config, dtype if kv_dtype == "auto" else kv_dtype)
 
 
-def kv_bytes_per_position(config: ModelConfig, kv_dtype: torch.dtype, world: int = 1) -> int:
-    """Bytes of cache that a rank of `world` ranks takes over all layers, keys and values and the scales that go with
-    int8 (a head that several ranks hold is in each)."""
+def kv_bytes_per_position(config: ModelConfig, kv_dtype: torch.dtype, world: int = 1, layers: int | None = None) -> int:
+    """Bytes of cache that a rank of `world` ranks takes over so many layers, all if None, keys and values and the
+    scales that go with codes of 8 bits (a head that several ranks hold is in each)."""
     heads = Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
-    scale = torch.float32.itemsize if kv_dtype == torch.int8 else 0
-    return 2 * config.num_layers * heads * (config.head_dim * kv_dtype.itemsize + scale)
+    scale = torch.float32.itemsize if kv_dtype in CODES.values() else 0
+    layers = config.num_layers if layers is None else layers
+    return 2 * layers * heads * (config.head_dim * kv_dtype.itemsize + scale)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -105,16 +118,18 @@ class TorchRunner:
         self.kv_dtype = resolve_kv_dtype(self.config, kv_dtype, dtype)
         self.quantization = resolve_quantization(self.config, quantize)
         self._num_blocks, self._block_size = 0, block_size
-        group = group or Group()
+        self._group = group = group or Group()
         check_shares(self.config, group.world)
-        self._world = group.world
+        check_stages(self.config, group.stages)
+        self._layers = len(stage_layers(self.config.num_layers, group.stage, group.stages))
+        """Of this stage."""
         self._kv_heads = Shard(group.rank, group.world).local(self.config.num_kv_heads, "num_key_value_heads")
         self._buffers = Buffers(self.kernels.activation_dtype(self.dtype), self.kernels.device)
         self._windows = tuple(dict.fromkeys(self.config.windows))
         with torch.inference_mode():
             self._model = load_model(folder, self.config, self.kernels, self.dtype, group=group, quantize=quantize)
         self.caches: tuple[KVCache, ...] = ()
-        """One a layer."""
+        """One a layer of this stage."""
         self._replay: Replay | None = None
         if num_blocks is not None:
             self.make_cache(num_blocks)
@@ -135,14 +150,14 @@ class TorchRunner:
         with torch.inference_mode():
             cos, sin = rotation_table(self.config.rope, self.config.head_dim, self._max_positions)
             self._cos, self._sin = cos.to(device), sin.to(device)
-            self.caches = tuple(self._new_cache(shape) for _ in range(self.config.num_layers))
-            if isinstance(self.kernels, CpuKernels) and self._world == 1:
+            self.caches = tuple(self._new_cache(shape) for _ in range(self._layers))
+            if isinstance(self.kernels, CpuKernels) and self._group.size == 1:
                 blocks = -(-self._max_positions // self._block_size)
                 self._replay = Replay(self.kernels, self.caches, self._cos, self._sin, blocks)
 
     def _new_cache(self, shape: tuple[int, ...]) -> KVCache:
         keys, values = (_zeros(shape, self.kv_dtype, self.kernels.device) for _ in range(2))
-        if self.kv_dtype != torch.int8:
+        if self.kv_dtype not in CODES.values():
             return KVCache(keys, values)
         key_scales, value_scales = (_zeros(shape[:3], torch.float32, self.kernels.device) for _ in range(2))
         return KVCache(keys, values, scales=(key_scales, value_scales))
@@ -175,7 +190,7 @@ class TorchRunner:
     @property
     def kv_bytes_per_position(self) -> int:
         """Of this rank's cache."""
-        return kv_bytes_per_position(self.config, self.kv_dtype, self._world)
+        return kv_bytes_per_position(self.config, self.kv_dtype, self._group.world, self._layers)
 
     def operations(self, start: int, stop: int, *, draws: int) -> int:
         """Multiplications and additions of computing a sequence's positions `start` to `stop` and drawing from the last
@@ -194,6 +209,8 @@ class TorchRunner:
             self._copy(plan.copies)
             step = self._build(plan)
             hidden = self._hidden(step)
+            if hidden is None:
+                return [[] for _ in plan.chunks]
             scored = self._score(hidden, plan)
             if not draws:
                 return scored
@@ -229,7 +246,8 @@ class TorchRunner:
         """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict
         the token after each. Takes num_tokens * vocab * 4 bytes. Ranks other than 0 get no rows."""
         with torch.inference_mode():
-            logits = self._model.compute_logits(self._hidden(self._build(plan)))
+            hidden = self._hidden(self._build(plan))
+            logits = None if hidden is None else self._model.compute_logits(hidden)
         return torch.empty(0, self.config.vocab_size) if logits is None else logits
 
     def _build(self, plan: StepPlan) -> StepArrays:
@@ -241,15 +259,22 @@ class TorchRunner:
             vocab_size=self.config.vocab_size,
         )
 
-    def _hidden(self, step: StepArrays) -> Tensor:
+    def _hidden(self, step: StepArrays) -> Tensor | None:
+        """A step's hidden states [tokens, H]; None in all stages but the last."""
         replayed = None if self._replay is None else self._replay.run(step, self._compute)
         if replayed is not None:
             return replayed
+        parts = [self._forward_rows(part) for part in pipeline_parts(step, self._group.stages)]
+        self._group.settle()
+        hidden = [part for part in parts if part is not None]
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0] if hidden else None
+
+    def _forward_rows(self, step: StepArrays) -> Tensor | None:
         ids, positions, slots = (torch.from_numpy(array) for array in (step.ids, step.positions, step.slots))
         attention = self.kernels.plan_attention(step.ragged, self._kv_heads, self._windows)
         return self._compute(ids, self._cos[positions], self._sin[positions], slots, attention)
 
-    def _compute(self, ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: AttentionPlan) -> Tensor:
+    def _compute(self, ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: AttentionPlan) -> Tensor | None:
         return self._model(ids, StepInputs(cos, sin, slots, attention, self._buffers), self.caches)
 
     def _logits(self, rows: Tensor) -> Tensor | None:
