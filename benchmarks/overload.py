@@ -1,15 +1,18 @@
-"""A router under ten times the load that its workers can serve: `python -m benchmarks.overload [--seconds 60]`.
+"""Routers under ten times the load that their workers can serve: `python -m benchmarks.overload [--seconds 60]
+[--routers 1]`.
 
 Fake workers serve 150 requests a second. First callers ask as many as are served, which gives the peak; then callers
 ask `--calls` times a second, at random, whatever the answers are. Shown: goodput as a part of the peak, the time of a
-refusal at the caller and from the start of the router's handler, and the router's memory. Router and callers run on a
-core each; the fake worker shares the callers', so that the times at the caller are an upper bound.
+refusal at the caller and from the start of the router's handler, and the routers' memory. One router has a core for
+itself; the fake worker shares the callers', so that the times at the caller are an upper bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
+import itertools
 import json
 import os
 import random
@@ -17,30 +20,35 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import uvloop
 
+from benchmarks.light_calls import LightCalls
 from benchmarks.timed_router import TIMES
 from qwire.v1 import generation_pb2 as pb
-from qwire.v1 import generation_pb2_grpc
-from tests.helpers.fleets import Fleet
+from tests.helpers.fleets import Fleet, Service
 
+METHOD = "/qwire.v1.GenerationService/GenerateOnce"
 STEP_MS = 20
-TOKENS = 20
+TOKENS = (10, 30)
+"""The fewest and the most of a request: all are equally likely, lest those that begin together end together."""
 RUNNING = 63
-"""Which makes about 150 requests a second, of a step more than their tokens."""
+"""Which makes about 150 requests a second, of a step more than their tokens on average."""
 QUEUED = 64
 SETTLE_SECONDS = 2.0
+REFUSED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
-def request(number: int) -> pb.GenerateOnceRequest:
-    asked = pb.GenerateRequest(stop=pb.StopOptions(max_tokens=TOKENS, ignore_eos=True))
+def request(number: int) -> bytes:
+    tokens = random.Random(number).randint(*TOKENS)
+    asked = pb.GenerateRequest(stop=pb.StopOptions(max_tokens=tokens, ignore_eos=True))
     asked.token_ids.ids.extend([number % 1000, number // 1000 % 1000, 1])
     asked.output.text = False
-    return pb.GenerateOnceRequest(request=asked)
+    return pb.GenerateOnceRequest(request=asked).SerializeToString()
 
 
 @dataclass
@@ -50,19 +58,34 @@ class Seen:
     served: int = 0
     refused: list[float] = field(default_factory=list)
     """Seconds until each refusal."""
-    failed: Counter[str] = field(default_factory=Counter)
-    """Calls that ended otherwise, by status."""
+    failed: Counter[int] = field(default_factory=Counter)
+    """Calls that ended otherwise, by gRPC's status; -1 where the stream broke."""
+    pending: int = 0
 
-    async def ask(self, stub: generation_pb2_grpc.GenerationServiceAsyncStub, number: int) -> None:
-        started = time.perf_counter()
-        try:
-            await stub.GenerateOnce(request(number))
-            self.served += 1
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                self.refused.append(time.perf_counter() - started)
+
+class Callers:
+    """Those who ask, each router in turn, over a connection to each."""
+
+    def __init__(self, links: Sequence[LightCalls]) -> None:
+        self._links = links
+        self._numbers = itertools.count()
+
+    def ask(self, seen: Seen, after: Callable[[], None] = lambda: None) -> None:
+        """Sends one more request; `after` is called when it has ended."""
+        number, started = next(self._numbers), time.perf_counter()
+        seen.pending += 1
+
+        def ended(status: int) -> None:
+            seen.pending -= 1
+            if status == 0:
+                seen.served += 1
+            elif status == REFUSED:
+                seen.refused.append(time.perf_counter() - started)
             else:
-                self.failed[error.code().name] += 1
+                seen.failed[status] += 1
+            after()
+
+        self._links[number % len(self._links)].call(request(number), ended)
 
 
 def at(values: list[float], part: float) -> float:
@@ -75,67 +98,88 @@ def shown(values: list[float]) -> str:
     return f"p50 {at(values, 0.5):.2f} ms, p99 {at(values, 0.99):.2f} ms, longest {at(values, 1):.2f} ms"
 
 
-async def peak(stub: generation_pb2_grpc.GenerationServiceAsyncStub, seconds: float) -> float:
-    """Requests served a second by callers that are always as many as run, and some that wait."""
+async def peak(callers: Callers, seconds: float) -> float:
+    """Requests served a second where there are always as many as run, and some that wait."""
     seen = Seen()
-    numbers = iter(range(10**9))
     until = time.monotonic() + SETTLE_SECONDS + seconds
 
-    async def caller() -> None:
-        while time.monotonic() < until:
-            await seen.ask(stub, next(numbers))
+    def again() -> None:
+        if time.monotonic() < until:
+            callers.ask(seen, again)
 
-    callers = asyncio.gather(*(caller() for _ in range(RUNNING + QUEUED // 2)))
+    for _ in range(RUNNING + QUEUED // 2):
+        callers.ask(seen, again)
     await asyncio.sleep(SETTLE_SECONDS)
     before = seen.served
     await asyncio.sleep(seconds)
     rate = (seen.served - before) / seconds
-    await callers
+    await settled(seen)
     assert not seen.refused, "the peak is without refusals"
     assert not seen.failed
     return rate
 
 
-async def overload(
-    stub: generation_pb2_grpc.GenerationServiceAsyncStub, seconds: float, calls: float, fleet: Fleet
-) -> tuple[Seen, float, list[float]]:
-    """What callers saw, requests served a second after the beginning, and the router's memory in MB by time."""
-    seen, memory, tasks = Seen(), [], set()
+async def settled(seen: Seen) -> None:
+    """Returns when every call has ended."""
+    while seen.pending:
+        await asyncio.sleep(0.01)
+
+
+async def overload(callers: Callers, seconds: float, calls: float, routers: Routers) -> tuple[Seen, float, list[float]]:
+    """What callers saw, requests served a second after the beginning, and the routers' memory in MB by time."""
+    seen, memory = Seen(), []
     chance = random.Random(1)
     started = time.monotonic()
-    due, number, settled = started, 10**6, 0
-    looks = iter(range(10**6))
+    due, first = started, 0
+    looks = itertools.count()
     look = next(looks)
     while (now := time.monotonic()) < started + seconds:
         while due <= now:
-            task = asyncio.create_task(seen.ask(stub, number))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            callers.ask(seen)
             due += chance.expovariate(calls)
-            number += 1
         if now >= started + look * seconds / 6:
-            memory.append(fleet.services["router-0"].memory / 1e6)
+            memory.append(routers.megabytes)
             look = next(looks)
-        if not settled and now >= started + SETTLE_SECONDS:
-            settled = seen.served or 1
+        if not first and now >= started + SETTLE_SECONDS:
+            first = seen.served or 1
         await asyncio.sleep(max(0.0, due - time.monotonic()))
-    rate = (seen.served - settled) / (seconds - SETTLE_SECONDS)
-    memory.append(fleet.services["router-0"].memory / 1e6)
-    await asyncio.gather(*tasks)
+    rate = (seen.served - first) / (seconds - SETTLE_SECONDS)
+    memory.append(routers.megabytes)
+    await settled(seen)
     return seen, rate, memory
 
 
-async def measure(arguments: argparse.Namespace, fleet: Fleet) -> None:
-    address = fleet.services["router-0"].address
-    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        best = await peak(stub, arguments.peak_seconds)
-        cpu = fleet.services["router-0"].cpu_seconds
-        seen, rate, memory = await overload(stub, arguments.seconds, arguments.calls, fleet)
-        cpu = fleet.services["router-0"].cpu_seconds - cpu
-        started = time.monotonic()
-        await Seen().ask(stub, 1)
-        after = time.monotonic() - started
+class Routers:
+    """The processes that are loaded."""
+
+    def __init__(self, services: Sequence[Service]) -> None:
+        self.services = services
+
+    @property
+    def megabytes(self) -> float:
+        return sum(service.memory for service in self.services) / 1e6
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(service.cpu_seconds for service in self.services)
+
+
+async def measure(arguments: argparse.Namespace, routers: Routers) -> None:
+    links = []
+    for service in routers.services:
+        path = service.address.removeprefix("unix:")
+        _, link = await asyncio.get_running_loop().create_unix_connection(functools.partial(LightCalls, METHOD), path)
+        links.append(link)
+    callers = Callers(links)
+    best = await peak(callers, arguments.peak_seconds)
+    cpu, own = routers.cpu_seconds, time.process_time()
+    seen, rate, memory = await overload(callers, arguments.seconds, arguments.calls, routers)
+    cpu, own = routers.cpu_seconds - cpu, time.process_time() - own
+    started = time.monotonic()
+    last = Seen()
+    callers.ask(last)
+    await settled(last)
+    after = time.monotonic() - started
     asked = (seen.served + len(seen.refused) + seen.failed.total()) / arguments.seconds
     print(f"peak         {best:.1f} requests/s")
     print(f"overload     {asked:.0f} calls/s for {arguments.seconds:g} s, {asked / best:.1f} times that")
@@ -143,9 +187,11 @@ async def measure(arguments: argparse.Namespace, fleet: Fleet) -> None:
     print(f"goodput      {goodput}; failed: {dict(seen.failed) or 'none'}")
     print(f"refusals     {len(seen.refused)}; at the caller {shown(seen.refused)}")
     share = cpu / arguments.seconds
-    print(f"router       {100 * share:.0f}% of its core, {1e6 * share / asked:.0f} µs a call")
+    print(f"routers      {100 * share:.0f}% of a core in all, {1e6 * share / asked:.0f} µs a call")
+    print(f"callers      {100 * own / arguments.seconds:.0f}% of a core")
     print(f"memory       {', '.join(f'{megabytes:.0f}' for megabytes in memory)} MB over the time")
-    print(f"afterwards   a request takes {after:.2f} s, {TOKENS * STEP_MS / 1000:.2f} s of which are its steps'")
+    least, most = (tokens * STEP_MS / 1000 for tokens in TOKENS)
+    print(f"afterwards   a request takes {after:.2f} s, of which its steps take {least:.1f} to {most:.1f} s")
 
 
 def main() -> None:
@@ -153,34 +199,42 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--peak-seconds", type=float, default=10.0)
     parser.add_argument("--calls", type=float, default=1500.0, help="a second, in all")
+    parser.add_argument("--routers", type=int, default=1)
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[TIMES] = f"{folder}/refusals.json"
+        os.environ[TIMES] = f"{folder}/refusals"
         fleet = Fleet(Path(folder))
         try:
             flags = ("--step-ms", str(STEP_MS), "--max-running", str(RUNNING), "--max-waiting", "16")
             worker = fleet.start_worker(0, *flags, core=cores[-1])
-            router = fleet.start(
-                "router-0",
-                "benchmarks.timed_router",
-                "--worker",
-                worker.address,
-                "--tokenizer",
-                f"unix:{folder}/tokenizer.sock",
-                "--max-queued",
-                str(QUEUED),
-                "--drain-delay",
-                "0",
-                core=cores[0],
-            )
-            router.wait_until_serving()
+            routers = [
+                fleet.start(
+                    f"router-{number}",
+                    "benchmarks.timed_router",
+                    "--worker",
+                    worker.address,
+                    "--tokenizer",
+                    f"unix:{folder}/tokenizer.sock",
+                    "--max-queued",
+                    str(QUEUED // arguments.routers),
+                    "--drain-delay",
+                    "0",
+                    core=cores[0] if arguments.routers == 1 else None,
+                )
+                for number in range(arguments.routers)
+            ]
+            for router in routers:
+                router.wait_until_serving()
             os.sched_setaffinity(0, {cores[-1]})
-            os.nice(10)  # callers that are in want of time wait, not the worker
-            uvloop.run(measure(arguments, fleet))
-            router.process.send_signal(signal.SIGTERM)
-            router.process.wait(30)
-            print(f"             from the handler's start {shown(json.loads(Path(os.environ[TIMES]).read_text()))}")
+
+            uvloop.run(measure(arguments, Routers(routers)))
+            seconds = []
+            for router in routers:
+                router.process.send_signal(signal.SIGTERM)
+                router.process.wait(30)
+                seconds += json.loads(Path(f"{os.environ[TIMES]}.{router.pid}").read_text())
+            print(f"             from the handler's start {shown(seconds)}")
         finally:
             fleet.stop()
 

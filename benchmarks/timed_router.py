@@ -8,45 +8,48 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from qwire.errors import QwireError
 from qwire.service import interceptors
 from router.__main__ import main
 
 TIMES = "QWIRE_REFUSAL_TIMES"
-"""Names the file that takes the seconds, a JSON list."""
+"""Names the file that takes the seconds, a JSON list, but for its ending: the process id."""
 
 _seconds: list[float] = []
 _Guard = interceptors._Guard
 
 
 class TimedGuard(_Guard):
-    """Notes the time of every call that ends RESOURCE_EXHAUSTED: one `_Guard` is made for each call."""
-
-    _started = 0.0
+    """Notes the time of every call that ends RESOURCE_EXHAUSTED."""
 
     async def unary(self, request: Any, context: Any) -> Any:
-        self._started = time.perf_counter()
-        return await super().unary(request, context)
+        with _noted(context):
+            return await super().unary(request, context)
 
     async def stream(self, request: Any, context: Any) -> None:
-        self._started = time.perf_counter()
-        await super().stream(request, context)
+        with _noted(context):
+            await super().stream(request, context)
 
-    async def _end(self, context: Any, error: Exception) -> None:
-        try:
-            await super()._end(context, error)
-        finally:
-            if isinstance(error, QwireError) and error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                _seconds.append(time.perf_counter() - self._started)
+
+@contextmanager
+def _noted(context: Any) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    except grpc.aio.AbortError:
+        if context.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            _seconds.append(time.perf_counter() - started)
+        raise
 
 
 def save() -> None:
-    Path(os.environ[TIMES]).write_text(json.dumps(_seconds))
+    Path(f"{os.environ[TIMES]}.{os.getpid()}").write_text(json.dumps(_seconds))
 
 
 interceptors._Guard = TimedGuard  # type: ignore[misc]

@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import grpc
 
@@ -113,7 +112,7 @@ class _Lane:
 
 
 class Ticket:
-    """One request's place, from its arrival until its stream's end."""
+    """One request's place, from its arrival until its stream's end: a context manager, to be entered once."""
 
     def __init__(self, admission: Admission, tenant: str, claim: Claim, tokens: int) -> None:
         self.tenant = tenant
@@ -129,6 +128,12 @@ class Ticket:
         self.turn: asyncio.Future[None] | None = None
         """While it waits."""
         self._admission = admission
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._admission._leave(self)
 
     def count(self, tokens: int) -> None:
         """Says how many tokens its prompt has."""
@@ -186,9 +191,8 @@ class Admission:
     def running(self) -> int:
         return self._all.running.requests
 
-    @contextmanager
-    def enter(self, tenant: str, claim: Claim, tokens: int, model: str) -> Iterator[Ticket]:
-        """Takes in a request, or refuses it.
+    def enter(self, tenant: str, claim: Claim, tokens: int, model: str) -> Ticket:
+        """Takes in a request, which leaves with its ticket, or refuses it.
 
         Args:
             tokens: of its prompt, or a guess.
@@ -209,10 +213,7 @@ class Admission:
         ticket = Ticket(self, tenant, claim, tokens)
         for count in (self._all.queued, use.queued):
             count.add(tokens)
-        try:
-            yield ticket
-        finally:
-            self._leave(ticket)
+        return ticket
 
     def serve_soon(self) -> None:
         """There may be room: whose turn it is gets it, once the event loop comes to it."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 MOST_SECONDS = 0.09
 LEAST_SECONDS = 0.02
@@ -25,6 +26,30 @@ ABREAST_SECONDS, ABREAST_SHARE = 0.005, 0.75
 GROWTH, DECAY = 1.5, 0.95
 SLICES = 16
 """Waits are looked at so many times in one of them, so that writes spread over it."""
+
+
+class Turns(Protocol):
+    """When a stream is written to."""
+
+    def knock(self) -> None:
+        """There is something to write: its turn comes now or soon."""
+        ...
+
+    def force(self) -> None:
+        """There is something to write that isn't waited with."""
+        ...
+
+
+class Whole:
+    """The turns of a stream that becomes one answer: nobody reads its messages one by one."""
+
+    __slots__ = ("force",)
+
+    def __init__(self, open_: Callable[[], None]) -> None:
+        self.force = open_
+
+    def knock(self) -> None:
+        """What comes waits for the end."""
 
 
 class Valve:
@@ -61,14 +86,11 @@ class Valve:
 
 
 class Flow:
-    """The wait between two writes to a stream, by how far the event loop is behind. `run` keeps it up to date.
+    """The wait between two writes to a stream, by how far the event loop is behind. `run` keeps it up to date."""
 
-    Args:
-        interval: the wait at first, in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic, interval: float = 0.0) -> None:
-        self.interval = interval
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.interval = 0.0
+        """In seconds."""
         self.clock = clock
         self._held: dict[Valve, None] = {}
         self._releasing: asyncio.TimerHandle | None = None

@@ -24,7 +24,7 @@ from router.choice import OutputSpec
 from router.config import RouterConfig
 from router.dispatch import Dispatch, Work
 from router.fleet import Fleet
-from router.flow import MOST_SECONDS, Flow
+from router.flow import Flow, Whole
 from router.journal import Journal
 from router.live_requests import LiveRequests
 from router.tenant import cache_scope, tenant_key, tenant_of
@@ -55,8 +55,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._admission = admission
         self._tokenizer = tokenizer
         self.flow = Flow()
-        self._once = Flow(interval=MOST_SECONDS)
-        """Of streams that become one answer: nobody reads their messages one by one."""
         self._next_sequence = 1
         self._live = LiveRequests(config.max_streams)
 
@@ -65,16 +63,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         return len(self._live)
 
     def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        return self._stream(request, context)
+        return self._stream(request, context, self._enter(request, context))
 
     async def GenerateOnce(self, request: pb.GenerateOnceRequest, context: Context) -> pb.GenerateOnceResponse:
         if request.request.HasField("resume"):
             found = Violations()
             found.add("request.resume", "goes on with a stream; a call that answers once is sent again whole")
             found.raise_if_any()
+        ticket = self._enter(request.request, context)
         answer = pb.GenerateOnceResponse()
         try:
-            async with aclosing(self._stream(request.request, context, answer)) as messages:
+            async with aclosing(self._stream(request.request, context, ticket, answer)) as messages:
                 async for message in messages:
                     _collect(answer, message)
         except QwireError as error:
@@ -87,10 +86,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
         raise not_in_this_release("Score")
 
-    async def _stream(
-        self, request: pb.GenerateRequest, context: Context, answer: pb.GenerateOnceResponse | None = None
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """A stream's messages. `answer` is given what isn't in any of them, where the stream becomes one."""
+    def _enter(self, request: pb.GenerateRequest, context: Context) -> Ticket:
+        """A request's place, before anything is computed for it: under overload most end here. Raises QwireError."""
         arrival, remaining = time.monotonic(), context.time_remaining()
         tenant = tenant_of(context.invocation_metadata())
         claim = Claim(
@@ -99,98 +96,107 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             deadline=math.inf if remaining is None else arrival + remaining,
             arrival=arrival,
         )
-        # Before anything is computed for it: under overload most requests end here.
-        with self._admission.enter(
-            tenant, claim, _guess_tokens(request), self._fleet.known_model(request.model)
-        ) as ticket:
-            async with aclosing(self._admitted(request, context, tenant, claim, ticket, answer)) as messages:
-                async for message in messages:
-                    yield message
+        model = self._fleet.known_model(request.model)
+        return self._admission.enter(tenant, claim, _guess_tokens(request), model)
 
-    async def _admitted(
+    async def _stream(
         self,
         request: pb.GenerateRequest,
         context: Context,
-        tenant: str,
-        claim: Claim,
         ticket: Ticket,
-        answer: pb.GenerateOnceResponse | None,
+        answer: pb.GenerateOnceResponse | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The stream of a request that may wait."""
-        arrival = claim.arrival
-        check(request, self._config, once=answer is not None)
-        resumed = None
-        if request.HasField("resume"):
-            resumed = resume.read(self._config.fleet_secret, request.resume.token)
-            request = resume.filled(request, resumed)
-        request_id = request.request_id if request.HasField("request_id") else None
-        again = resumed is not None or _was_sent_before(context)
-        async with self._live.admit(tenant, request_id, again=again) as live:
-            model = await self._fleet.find_model(request.model)
-            prompt = await self._prompt(request, resumed)
-            ticket.count(len(prompt.ids))
-            check_prompt(request, prompt.ids, model, self._config)
-            sampling, stop = resolve(request, len(prompt.ids), model, self._config, tenant)
-            parameters = resume.digest(sampling, stop, request.output, request.constraint, model.eos_token_ids)
-            if resumed is not None:
-                resume.check_same(resumed, prompt.ids, parameters)
-                resume.check_choices(request.resume.choices, sampling, stop, model.vocab_size)
-            spec = OutputSpec(
-                stop=stop,
-                want_text=not request.output.HasField("text") or request.output.text,
-                want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
-                # An answer in one piece waits here until it is whole.
-                max_pending_tokens=self._config.max_pending_tokens if answer is None else stop.max_tokens,
-            )
-            flow = self.flow if answer is None else self._once
-            journal = Journal(spec, self._name_sequences(sampling.n), len(prompt.ids), arrival, time.monotonic, flow)
-            live.attach(journal)
-            params = resolved_params(sampling, stop, request.output, await self._bad_words(request), model)
-            if resumed is not None:
-                held = request.resume.choices
-                journal.resume(held, [resume.end_of(choice.token_ids, params) for choice in held])
-            work = Work(
-                model=model.name,
-                prompt_ids=prompt.ids,
-                params=params,
-                scope=cache_scope(self._config.fleet_secret, tenant, request.prefix_cache.scope),
-                bypass=request.prefix_cache.bypass,
-                best_effort=request.continuity == pb.CONTINUITY_BEST_EFFORT,
-                tenant=claim.tenant,
-                priority=claim.priority,
-                arrival=arrival,
-                deadline=claim.deadline,
-                numerics_id=resumed.numerics_id if resumed is not None else "",
-                constraint=request.constraint if request.HasField("constraint") else None,
-                prompt_logprobs=request.output.prompt_logprobs if request.output.HasField("prompt_logprobs") else None,
-            )
-            live.check()
-            dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves, ticket)
-            async with self._running(journal, dispatch, ticket, detokenized=spec.detokenized):
-                if journal.needs_worker:
-                    await journal.admitted
-                accepted = pb.Accepted(
-                    request_id=live.request_id,
-                    sampling=sampling,
+        """A stream's messages, which must be asked for: the ticket is given back at their end. `answer` is given what
+        isn't in any of them, where the stream becomes one."""
+        tenant = ticket.tenant
+        with ticket:
+            check(request, self._config, once=answer is not None)
+            resumed = None
+            if request.HasField("resume"):
+                resumed = resume.read(self._config.fleet_secret, request.resume.token)
+                request = resume.filled(request, resumed)
+            request_id = request.request_id if request.HasField("request_id") else None
+            again = resumed is not None or _was_sent_before(context)
+            async with self._live.admit(tenant, request_id, again=again) as live:
+                model = await self._fleet.find_model(request.model)
+                prompt = await self._prompt(request, resumed)
+                ticket.count(len(prompt.ids))
+                check_prompt(request, prompt.ids, model, self._config)
+                sampling, stop = resolve(request, len(prompt.ids), model, self._config, tenant)
+                parameters = resume.digest(sampling, stop, request.output, request.constraint, model.eos_token_ids)
+                if resumed is not None:
+                    resume.check_same(resumed, prompt.ids, parameters)
+                    resume.check_choices(request.resume.choices, sampling, stop, model.vocab_size)
+                spec = OutputSpec(
                     stop=stop,
-                    prompt_tokens=len(prompt.ids),
-                    numerics_id=dispatch.numerics_id,
-                    resume_token=resume.issue(
-                        self._config.fleet_secret,
-                        numerics_id=dispatch.numerics_id,
-                        prompt_ids=prompt.ids,
-                        parameters=parameters,
-                        sampling=sampling,
-                        max_tokens=stop.max_tokens,
-                        template_time=prompt.template_time,
-                    ),
+                    want_text=not request.output.HasField("text") or request.output.text,
+                    want_ids=not request.output.HasField("token_ids") or request.output.token_ids,
+                    # An answer in one piece waits here until it is whole.
+                    max_pending_tokens=self._config.max_pending_tokens if answer is None else stop.max_tokens,
                 )
-                yield pb.GenerateResponse(accepted=accepted)
-                while not journal.finished:
-                    for message in await journal.next_messages():
-                        yield message
-                if answer is not None:
-                    answer.prompt_logprobs.extend(journal.prompt_logprobs)
+                turns = self.flow.valve if answer is None else Whole
+                sequences = self._name_sequences(sampling.n)
+                journal = Journal(spec, sequences, len(prompt.ids), ticket.claim.arrival, time.monotonic, turns)
+                live.attach(journal)
+                params = resolved_params(sampling, stop, request.output, await self._bad_words(request), model)
+                if resumed is not None:
+                    held = request.resume.choices
+                    journal.resume(held, [resume.end_of(choice.token_ids, params) for choice in held])
+                work = self._work(request, ticket, model.name, prompt, params, resumed)
+                live.check()
+                dispatch = Dispatch(work, journal, self._fleet, self._config.max_moves, ticket)
+                async with self._running(journal, dispatch, ticket, detokenized=spec.detokenized):
+                    if journal.needs_worker:
+                        await journal.admitted
+                    accepted = pb.Accepted(
+                        request_id=live.request_id,
+                        sampling=sampling,
+                        stop=stop,
+                        prompt_tokens=len(prompt.ids),
+                        numerics_id=dispatch.numerics_id,
+                        resume_token=resume.issue(
+                            self._config.fleet_secret,
+                            numerics_id=dispatch.numerics_id,
+                            prompt_ids=prompt.ids,
+                            parameters=parameters,
+                            sampling=sampling,
+                            max_tokens=stop.max_tokens,
+                            template_time=prompt.template_time,
+                        ),
+                    )
+                    yield pb.GenerateResponse(accepted=accepted)
+                    while not journal.finished:
+                        for message in await journal.next_messages():
+                            yield message
+                    if answer is not None:
+                        answer.prompt_logprobs.extend(journal.prompt_logprobs)
+
+    def _work(
+        self,
+        request: pb.GenerateRequest,
+        ticket: Ticket,
+        model: str,
+        prompt: _Prompt,
+        params: worker_pb2.ResolvedParams,
+        resumed: resume_pb2.ResumeState | None,
+    ) -> Work:
+        """What workers are asked for."""
+        claim, output = ticket.claim, request.output
+        return Work(
+            model=model,
+            prompt_ids=prompt.ids,
+            params=params,
+            scope=cache_scope(self._config.fleet_secret, ticket.tenant, request.prefix_cache.scope),
+            bypass=request.prefix_cache.bypass,
+            best_effort=request.continuity == pb.CONTINUITY_BEST_EFFORT,
+            tenant=claim.tenant,
+            priority=claim.priority,
+            arrival=claim.arrival,
+            deadline=claim.deadline,
+            numerics_id=resumed.numerics_id if resumed is not None else "",
+            constraint=request.constraint if request.HasField("constraint") else None,
+            prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
+        )
 
     @asynccontextmanager
     async def _running(

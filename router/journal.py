@@ -13,7 +13,7 @@ from qwire.errors import QwireError
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import tokenizer_pb2, worker_pb2
 from router.choice import Choice, IndexGap, OutputSpec
-from router.flow import Flow
+from router.flow import Flow, Turns
 
 
 class Why(Enum):
@@ -40,7 +40,7 @@ class Journal:
     Args:
         sequences: one a choice, what names it to the detokenizer.
         arrival: when the request arrived, on `clock`, in seconds.
-        flow: says when the client may be written to; at once if there is none.
+        turns: of the client, by what is called when it may be written to; at once if there are none.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Journal:
         prompt_tokens: int,
         arrival: float,
         clock: Callable[[], float],
-        flow: Flow | None = None,
+        turns: Callable[[Callable[[], None]], Turns] | None = None,
     ) -> None:
         self.worker = ""
         """Id of the worker that runs it."""
@@ -82,7 +82,7 @@ class Journal:
         """The client may be written to: at first, for there may be something of a resumed stream, and then whenever
         there is something and its turn has come."""
         self._turn.set()
-        self._valve = (flow or Flow()).valve(self._turn.set)
+        self._turns = (turns or Flow().valve)(self._turn.set)
 
     # From the worker link.
 
@@ -133,7 +133,7 @@ class Journal:
         """Ends the stream with a status, unless it has ended already."""
         if self._error is None and not all(choice.complete for choice in self.choices):
             self._error = error
-            self._valve.force()
+            self._turns.force()
         if not self.admitted.done():
             self.admitted.set_exception(error)
             self.admitted.exception()  # or asyncio complains where the stream ends before anyone waits for it
@@ -211,9 +211,9 @@ class Journal:
     def _tell(self, choice: Choice) -> None:
         """There is something of a choice to write; its end is not waited with."""
         if choice.complete:
-            self._valve.force()
+            self._turns.force()
         else:
-            self._valve.knock()
+            self._turns.knock()
 
     def _drop_if_others_go_on(self, choice: Choice) -> None:
         if choice.complete and not choice.ended_at_worker and not all(other.complete for other in self.choices):

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import string
 from collections.abc import Iterable
+from functools import lru_cache
 
 from router.validation import Violations
 
@@ -43,5 +44,6 @@ def cache_scope(secret: str, tenant: str, scope: str) -> bytes:
     return _keyed(secret, tenant.encode() + b"\0" + scope.encode())
 
 
+@lru_cache(maxsize=1024)
 def _keyed(secret: str, message: bytes) -> bytes:
     return hmac.digest(secret.encode(), message, hashlib.sha256)[:KEY_BYTES]

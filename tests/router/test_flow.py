@@ -92,7 +92,9 @@ async def test_a_stream_waits_for_its_turn_while_the_loop_is_behind() -> None:
 async def test_what_comes_meanwhile_is_one_delta_and_an_end_is_not_waited_with() -> None:
     now = 100.0
     flow = behind(Flow(lambda: now))
-    journal = Journal(OutputSpec(pb.StopOptions(max_tokens=99), False, True, 4096), range(1), 3, 0.0, lambda: 1.0, flow)
+    journal = Journal(
+        OutputSpec(pb.StopOptions(max_tokens=99), False, True, 4096), range(1), 3, 0.0, lambda: 1.0, flow.valve
+    )
 
     def step(index: int, end: bool = False) -> worker_pb2.SequenceStep:
         step = worker_pb2.SequenceStep(token_index=index, token_ids=[index])
