@@ -16,8 +16,8 @@ from torch import Tensor
 from worker.kernels.quantized import GROUP, QuantizedWeight, int4_parameters, pack_int4, quantize
 
 _DAMPING = (0.05, 0.3, 1.0)
-"""Added to H's diagonal, in its own mean: the first that suffices, so that it has an inverse, and so that what is made up
-for doesn't follow a short text too closely. A hundredth cost the demo model half as much again of perplexity, on two
+"""Added to H's diagonal, in its own mean: the first that suffices, so that it has an inverse, and so that what is made
+up for doesn't follow a short text too closely. A hundredth cost the demo model half as much again of perplexity, on two
 texts."""
 
 
