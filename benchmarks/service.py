@@ -2,8 +2,8 @@
 
     python -m benchmarks.service --model FOLDER [--batch 8] [--prompt 128] [--new 128] [--rounds 3]
 
-Router, tokenizer service, worker and client share the machine's cores, and so does the engine alone, in turn. Only tokens
-count that come while all streams decode. Random ids are asked for, so that every stream goes on to its end.
+Router, tokenizer service, worker and client share the machine's cores; the engine alone, in turn with
+them, has them for itself. Only tokens count that come while all streams decode.
 """
 
 from __future__ import annotations

@@ -144,6 +144,43 @@ sys.exit(run_ranks(int(sys.argv[1]), main, final=(1,)))
 """
 
 
+STAGES = """
+import sys, torch
+from worker.parallel import Group, run_ranks
+
+def main(place):
+    torch.set_num_threads(1)
+    group = Group(place.rank, 2, 3)
+    group.connect(place.meeting, timeout=20)
+    assert group.least(10 + (3 * place.rank) % 5) == 10
+    x = torch.full((4, 8), float(place.rank))
+    # Sums and gathers stay within a stage: of ranks 0 and 1, 2 and 3, 4 and 5.
+    first = place.rank // 2 * 2
+    assert torch.equal(group.sum(x), torch.full((4, 8), 2.0 * first + 1))
+    gathered = group.gather(x)
+    assert (gathered is None) == (group.rank > 0)
+    assert gathered is None or [int(part[0, 0]) for part in gathered] == [first, first + 1]
+    for part in range(3):  # several are under way at once
+        held = torch.full((300, 70), float(100 * place.rank + part))
+        if not group.first_stage:
+            got = group.take_over(torch.empty(300, 70))
+            assert torch.equal(got, torch.full((300, 70), float(100 * (place.rank + 2) + part)))
+        if not group.last_stage:
+            group.hand_on(held)
+    group.settle()
+    group.meet()
+    return 0
+
+sys.exit(run_ranks(6, main, final=(1,)))
+"""
+
+
+def test_stages_hand_on() -> None:
+    argv = [sys.executable, "-c", STAGES]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_exchange(world: int) -> None:
     argv = [sys.executable, "-c", CHECK, str(world)]
