@@ -21,15 +21,16 @@ import click
 
 from qwire import AsyncClient
 from tests.helpers.stacks import running_stack
+from worker.model import ModelConfig
 
 
-async def streamed(address: str, batch: int, prompt: int, new: int, seed: int) -> float:
+async def streamed(address: str, vocab: int, batch: int, prompt: int, new: int, seed: int) -> float:
     """Tokens a second of `batch` streams while all of them decode."""
     chance = random.Random(seed)
     times: list[list[tuple[float, int]]] = []
 
     async def stream(client: AsyncClient) -> None:
-        ids = [chance.randrange(1000, 100_000) for _ in range(prompt)]
+        ids = [chance.randrange(vocab) for _ in range(prompt)]
         got: list[tuple[float, int]] = []
         times.append(got)
         generation = client.generate(token_ids=ids, max_tokens=new, ignore_eos=True, temperature=0)
@@ -59,12 +60,14 @@ def alone(model: Path, batch: int, prompt: int, new: int) -> float:
 @click.option("--rounds", default=3)
 def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     """Compares the service with its engine."""
-    ratios = []
+    ratios, vocab = [], ModelConfig.read(model).vocab_size
     for number in range(rounds):
         flags = ("--kv-cache-mib", "1024", "--speculation", "0")
         with running_stack(model, "model", worker_flags=flags) as stack:
-            asyncio.run(streamed(stack.address, batch, prompt, 4, 1000 + number))  # steps that are recorded, and so on
-            service = asyncio.run(streamed(stack.address, batch, prompt, new, number))
+            asyncio.run(
+                streamed(stack.address, vocab, batch, prompt, 4, 1000 + number)
+            )  # steps that are recorded, and so on
+            service = asyncio.run(streamed(stack.address, vocab, batch, prompt, new, number))
         engine = alone(model, batch, prompt, new)
         ratios.append(service / engine)
         print(f"service {service:.1f} tok/s, engine {engine:.1f} tok/s: {service / engine:.3f}", file=sys.stderr)

@@ -107,10 +107,12 @@ class WorkerConfig:
     pp: int = setting(
         default=1,
         help="Stages that the layers are cut into, each of tp ranks: pipeline parallelism, for models that are too "
-        "large for the memory of tp ranks. Its tokens are those of one stage.",
+        "large for the memory of tp GPUs. Its tokens are those of one stage, on GPUs if deterministic.",
     )
     collective_timeout: float = setting(
-        default=30.0, help="Seconds that a rank waits for another before their group is given up and replaced."
+        default=30.0,
+        help="Seconds that a rank waits for another before their group is given up and replaced. With pp, longer than "
+        "a step takes: stages wait for each other's work.",
     )
     threads: int = setting(
         default=0,

@@ -3,11 +3,13 @@ between two steps, and the next step begun before it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from qwire import prefix
 from tests.helpers.cuda import Replay, plain_kernels
@@ -19,10 +21,13 @@ from worker.engine.plan import Draw, ModelRunner, SamplingParams, StepPlan
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.sequence import Request
 from worker.kernels import ReferenceKernels
-from worker.kernels.cuda.device import Memory
+from worker.kernels.cuda.device import Graph, Memory
+from worker.parallel import Group
 from worker.runner import TorchRunner
 from worker.runner.cuda import CudaRunner, CudaSettings
 from worker.runner.memory import NoRoom, blocks_that_fit
+
+T = TypeVar("T")
 
 BLOCKS = 24
 """Few enough that sequences are preempted."""
@@ -44,6 +49,43 @@ def on_device(folder: Path, *, graphs: bool = True) -> tuple[CudaRunner, Replay]
     )
     runner.make_ready()
     return runner, recorder
+
+
+class FirstOfTwo(Group):
+    """A stage that nobody is behind: what it hands on is counted."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 2)
+        self.pending, self.handed_on = 0, 0
+
+    def hand_on(self, x: Tensor) -> None:
+        self.pending += 1
+        self.handed_on += len(x[0])
+
+    def settle(self) -> None:
+        self.pending = 0
+
+    def least(self, value: int) -> int:
+        return value
+
+
+def test_what_a_graph_sends_it_waits_for(folder: Path) -> None:
+    group = FirstOfTwo()
+
+    class Settled(Replay):
+        def record(self, run: Callable[[], T]) -> tuple[Graph, T]:
+            made = super().record(run)
+            assert not group.pending  # or the recording would end with a transfer that nobody waits for
+            return made
+
+    runner = CudaRunner(
+        folder, kernels=plain_kernels(Settled), settings=CudaSettings(max_running=2), num_blocks=BLOCKS, group=group
+    )
+    runner.make_ready()
+    assert group.handed_on == 2 * (1 + 2)  # each rung runs once before it is recorded
+    assert len(runner.caches) == 1
+    assert runner.execute(plan(chunk([1, 2, 3], 0, [0]))) == [[]]
+    assert group.handed_on == 2 * (1 + 2) + 3 and not group.pending
 
 
 def reference(folder: Path) -> TorchRunner:

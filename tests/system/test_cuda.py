@@ -70,6 +70,19 @@ def test_flash_attn_serves(model: Path, expected: list[list[int]], module: str) 
         assert any(f"KV blocks of {block_size} (" in line for line in stack.lines)
 
 
+def test_stages_on_gpus(model: Path, expected: list[list[int]]) -> None:
+    """Steps as graphs, in which stages hand on; what NCCL would carry goes by gloo here."""
+    environ = [f"PYTHONPATH={ROOT}", "TRITON_INTERPRET=1"]
+    command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")
+    flags = (*SMALL, "--backend", "cuda", "--pp", "2")
+    with (
+        running_stack(model, "tiny", worker_flags=flags, commands=Commands(worker=command)) as stack,
+        stack.client() as client,
+    ):
+        assert answers(client) == expected
+        assert any("graphs for 1, 2, 4 rows" in line for line in stack.lines)
+
+
 def test_keys_and_values_in_fp8(model: Path, expected: list[list[int]]) -> None:
     environ = [f"PYTHONPATH={ROOT}", "TRITON_INTERPRET=1"]
     command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")

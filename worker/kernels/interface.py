@@ -45,7 +45,8 @@ class KVCache:
     values: Tensor
     scales: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
     """The keys' and the values', float32 [K, blocks, block size], where these are codes of 8 bits: a vector's largest
-    element has the greatest code, and an element is its code times its vector's scale. An int8 cache has them."""
+    element has the greatest code, and an element is its code times its vector's scale. Caches of int8 and fp8 have
+    them."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

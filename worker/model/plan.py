@@ -1,4 +1,5 @@
-"""How weights are cut over tensor-parallel ranks and merged into layers; data that the loader applies.
+"""How weights are cut over tensor-parallel ranks and a pipeline's stages, and merged into layers; data that the loader
+applies.
 
 Names are checkpoint paths without the leading "model.", `*` stands for a layer's index.
 """
@@ -76,8 +77,8 @@ class Shard:
 
 
 def stage_layers(layers: int, stage: int, stages: int) -> range:
-    """The layers of a pipeline's stage, by index: equal numbers, one more in earlier stages where they don't divide,
-    as the last one has the head besides."""
+    """The layers of a pipeline's stage, by index: numbers that differ by one at most. The last stage, which has the
+    head besides, has no more than any other."""
     return range(-(-stage * layers // stages), -(-(stage + 1) * layers // stages))
 
 

@@ -31,7 +31,9 @@ class Place:
     """What a rank's process knows of its group."""
 
     rank: int
+    """Of all processes, whatever stages they form."""
     world: int
+    """How many there are."""
     meeting: Path
     """A file in memory that only this group's processes can open by this path."""
     remembered: str

@@ -213,6 +213,7 @@ class CudaRunner(TorchRunner):
 
         def forward(ids: Tensor, positions: Tensor, slots: Tensor, plan: CudaPlan) -> Tensor | None:
             hidden = self._run(ids, positions, slots, plan)
+            self._group.settle()  # what is sent in a graph is waited for in it
             return None if hidden is None else self._logits(hidden)
 
         return DecodeGraphs(rungs, buffers, forward, self._cuda.gpu.recorder())

@@ -29,7 +29,8 @@ STEP, FAR = 8, 128
 """Rungs are 8 apart up to 128 rows, 16 apart beyond: few rows more cost little, a graph a second of the start."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, CudaPlan], Tensor | None]
-"""ids, positions and slots [rows] and their attention to float32 logits [rows, V]; None on ranks other than 0."""
+"""ids, positions and slots [rows] and their attention to float32 logits [rows, V]; None on ranks other than the
+first of the last stage."""
 
 
 def ladder(most: int) -> tuple[int, ...]:
@@ -117,7 +118,7 @@ class DecodeGraphs:
         return next((rung for rung in self.rungs if rung >= count), None)
 
     def run(self, step: DecodeRows, ids: Tensor, staging: Staging) -> Tensor | None:
-        """Logits [step.count, V] of a step, until the next `run`; None on ranks other than 0.
+        """Logits [step.count, V] of a step, until the next `run`; None where `Forward` gives none.
 
         Raises ValueError for a step that no rung holds.
         """

@@ -224,7 +224,7 @@ class TorchRunner:
         ]
 
     def _score(self, hidden: Tensor, plan: StepPlan) -> list[list[Drawn]]:
-        """Each chunk's scored ids; no entries on ranks other than 0."""
+        """Each chunk's scored ids; no entries but on rank 0 of the last stage."""
         scored: list[list[Drawn]] = [[] for _ in plan.chunks]
         first = 0
         for chunk, scores in zip(plan.chunks, scored, strict=True):
