@@ -227,7 +227,6 @@ def main() -> None:
             for router in routers:
                 router.wait_until_serving()
             os.sched_setaffinity(0, {cores[-1]})
-
             uvloop.run(measure(arguments, Routers(routers)))
             seconds = []
             for router in routers:

@@ -225,9 +225,9 @@ def _cached_tokens(
             groups.setdefault(profile, {}).setdefault(link.cache.blocks, {})[link.cache.worker] = index
     cached = {}
     for (_, _, block_size), tables in groups.items():
-        _, info = links[next(iter(next(iter(tables.values())).values()))]
         if len(ids) <= block_size:
             continue
+        _, info = links[next(iter(next(iter(tables.values())).values()))]
         hashes = prefix.block_hashes(prefix_root(info, scope), ids[: len(ids) - 1], block_size)
         keys = keys_of(b"".join(hashes))
         for blocks, workers in tables.items():

@@ -133,26 +133,16 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, write_timeout: float) -> None:
         self.open_ended = OpenEndedCalls()
         self._writes = Writes(write_timeout)
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        """Of the methods that there are, each made when it is first called."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        method = handler_call_details.method
-        known = self._handlers.get(method)
-        if known is not None:
-            return known
-        handler = await continuation(handler_call_details)
+        handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None  # grpc answers UNIMPLEMENTED
-        made = self._handlers[method] = self._guarded(method, handler)
-        return made
-
-    def _guarded(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        guard = _Guard(method, handler, self._writes, self.open_ended)
+        guard = _Guard(handler_call_details.method, handler, self._writes, self.open_ended)
         serialize = handler.response_serializer
         match handler.request_streaming, handler.response_streaming:
             case True, True:

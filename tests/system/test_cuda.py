@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from qwire import Client
 from qwire.stack import Commands
 from tests.helpers.cuda_worker import CAPABILITY
 from tests.helpers.flash import path_of
-from tests.helpers.stacks import running_stack, write_tiny_model
+from tests.helpers.stacks import RunningStack, running_stack, write_tiny_model
 from tests.helpers.steps import greedy, table
 from worker.kernels import ReferenceKernels
 from worker.runner import TorchRunner
@@ -54,17 +56,37 @@ def expected(model: Path) -> list[list[int]]:
     return [greedy(runner, prompt, NEW, table(0, len(prompt) + NEW, 16)) for prompt in PROMPTS]
 
 
+@contextmanager
+def serving(
+    model: Path, *flags: str, packages: str = "", capability: str = "8.0"
+) -> Iterator[tuple[RunningStack, Client]]:
+    """A stack whose worker has the cuda backend on a device that is a CPU.
+
+    Args:
+        packages: a folder of stand-ins for packages.
+    """
+    path = f"{packages}:{ROOT}" if packages else str(ROOT)
+    environ = [f"PYTHONPATH={path}", f"{CAPABILITY}={capability}", "TRITON_INTERPRET=1"]
+    commands = Commands(worker=("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker"))
+    with (
+        running_stack(model, "tiny", worker_flags=(*SMALL, "--backend", "cuda", *flags), commands=commands) as stack,
+        stack.client() as client,
+    ):
+        yield stack, client
+
+
+def refused(model: Path, *flags: str) -> str:
+    """What a worker says to wrong settings."""
+    argv = [sys.executable, "-m", "worker", "serve", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    return result.stderr
+
+
 @pytest.mark.parametrize("module", DEVICES)
 def test_flash_attn_serves(model: Path, expected: list[list[int]], module: str) -> None:
     capability, block_size = DEVICES[module]
-    environ = [f"PYTHONPATH={path_of(module)}:{ROOT}", f"{CAPABILITY}={capability}", "TRITON_INTERPRET=1"]
-    command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")
-    with (
-        running_stack(
-            model, "tiny", worker_flags=(*SMALL, "--backend", "cuda"), commands=Commands(worker=command)
-        ) as stack,
-        stack.client() as client,
-    ):
+    with serving(model, packages=str(path_of(module)), capability=capability) as (stack, client):
         assert answers(client) == expected
         assert any("backend cuda" in line and f"attention by {NAMES[module]}" in line for line in stack.lines)
         assert any(f"KV blocks of {block_size} (" in line for line in stack.lines)
@@ -72,25 +94,13 @@ def test_flash_attn_serves(model: Path, expected: list[list[int]], module: str) 
 
 def test_stages_on_gpus(model: Path, expected: list[list[int]]) -> None:
     """Steps as graphs, in which stages hand on; what NCCL would carry goes by gloo here."""
-    environ = [f"PYTHONPATH={ROOT}", "TRITON_INTERPRET=1"]
-    command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")
-    flags = (*SMALL, "--backend", "cuda", "--pp", "2")
-    with (
-        running_stack(model, "tiny", worker_flags=flags, commands=Commands(worker=command)) as stack,
-        stack.client() as client,
-    ):
+    with serving(model, "--pp", "2") as (stack, client):
         assert answers(client) == expected
         assert any("graphs for 1, 2, 4 rows" in line for line in stack.lines)
 
 
 def test_keys_and_values_in_fp8(model: Path, expected: list[list[int]]) -> None:
-    environ = [f"PYTHONPATH={ROOT}", "TRITON_INTERPRET=1"]
-    command = ("env", *environ, sys.executable, "-m", "tests.helpers.cuda_worker")
-    flags = (*SMALL, "--backend", "cuda", "--kv-dtype", "fp8")
-    with (
-        running_stack(model, "tiny", worker_flags=flags, commands=Commands(worker=command)) as stack,
-        stack.client() as client,
-    ):
+    with serving(model, "--kv-dtype", "fp8") as (stack, client):
         got = client.generate(token_ids=PROMPTS[1], max_tokens=NEW, ignore_eos=True, temperature=0).read().token_ids
         assert got[0] == expected[1][0] and len(got) == NEW  # codes of 8 bits round: later ones may be others
         assert any("KV torch.float8_e4m3fn" in line for line in stack.lines)
@@ -98,18 +108,12 @@ def test_keys_and_values_in_fp8(model: Path, expected: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "auto"])
 def test_fp8_is_for_gpus(model: Path, backend: str) -> None:
-    argv = [sys.executable, "-m", "worker", "serve", "--model", str(model), "--listen", "127.0.0.1:0"]
-    result = subprocess.run(
-        [*argv, "--backend", backend, "--kv-dtype", "fp8"], capture_output=True, text=True, timeout=100
-    )
-    assert result.returncode == 2
-    assert "--kv-dtype: fp8 is for the cuda kernels; the " in result.stderr
+    told = refused(model, "--backend", backend, "--kv-dtype", "fp8")
+    assert "--kv-dtype: fp8 is for the cuda kernels; the " in told
 
 
 def test_what_a_machine_without_a_gpu_is_told(model: Path) -> None:
-    argv = [sys.executable, "-m", "worker", "serve", "--model", str(model), "--listen", "127.0.0.1:0"]
-    result = subprocess.run([*argv, "--backend", "cuda"], capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2
-    assert "--backend: " in result.stderr
-    assert "was built without CUDA" in result.stderr or "torch finds no GPU" in result.stderr
-    assert "Traceback" not in result.stderr
+    told = refused(model, "--backend", "cuda")
+    assert "--backend: " in told
+    assert "was built without CUDA" in told or "torch finds no GPU" in told
+    assert "Traceback" not in told

@@ -157,14 +157,12 @@ class Group:
     def hand_on(self, x: Tensor) -> None:
         """Begins to send `x`, which nobody may write to any more, to the same rank of the next stage."""
         with _told("handing on to the next stage"):
-            transport = self._between_gpus() if x.is_cuda else self._open()
-            self._handed_on.append((transport.send([x], self.index - self.world, 0), x))
+            self._handed_on.append((self._between_stages(x).send([x], self.index - self.world, 0), x))
 
     def take_over(self, x: Tensor) -> Tensor:
         """`x`, filled with what the same rank of the stage before has handed on."""
         with _told("waiting for the stage before"):
-            transport = self._between_gpus() if x.is_cuda else self._open()
-            transport.recv([x], self.index + self.world, 0).wait()
+            self._between_stages(x).recv([x], self.index + self.world, 0).wait()
         return x
 
     def settle(self) -> None:
@@ -185,10 +183,7 @@ class Group:
 
     def meet(self) -> None:
         """Returns once every process has come here."""
-        if self.size == 1:
-            return
-        mark = torch.zeros(1, dtype=torch.uint8)
-        self._exchange(mark, [(peer, torch.empty_like(mark)) for peer in self._others])
+        self.least(0)
 
     def send_all(self, message: bytes) -> None:
         """From process 0: `message` to every other one, which takes it by `receive`."""
@@ -240,7 +235,10 @@ class Group:
             raise RuntimeError("the group's GPUs are not connected")
         return self._collectives
 
-    def _between_gpus(self) -> Collectives:
+    def _between_stages(self, x: Tensor) -> Transport | Collectives:
+        """What carries `x` from stage to stage."""
+        if not x.is_cuda:
+            return self._open()
         if self._pipeline is None:
             raise RuntimeError("the stages' GPUs are not connected")
         return self._pipeline

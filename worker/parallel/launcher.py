@@ -32,8 +32,6 @@ class Place:
 
     rank: int
     """Of all processes, whatever stages they form."""
-    world: int
-    """How many there are."""
     meeting: Path
     """A file in memory that only this group's processes can open by this path."""
     remembered: str
@@ -131,7 +129,7 @@ class _RankGroup:
         parent = os.getpid()
         meeting = Path(f"/proc/self/fd/{self._meeting}")
         for rank in range(self._world):
-            place = Place(rank, self._world, meeting, remembered, self._note_writer)
+            place = Place(rank, meeting, remembered, self._note_writer)
             pid = os.fork()
             if pid == 0:
                 become_rank(lambda: main(place), parent, leader=rank == 0, mask=mask)  # noqa: B023 - ends in there

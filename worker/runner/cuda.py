@@ -265,7 +265,7 @@ class CudaRunner(TorchRunner):
         del hidden, logits
         self.caches = ()
         gpu.reset_peak()
-        rung = ladder(settings.max_running)[-1] if settings.graphs and self._group.last_stage else 0
+        rung = ladder(settings.max_running)[-1] if settings.graphs else 0
         return blocks_that_fit(
             after,
             settings.memory_share,
