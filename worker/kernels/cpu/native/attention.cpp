@@ -8,170 +8,25 @@
 //
 // A task is a tile of queries of one chunk (all query heads that share a key/value head), and one key/value head. Its
 // rows are query by query, head by head. Keys are turned into columns, one to a lane, a panel at a time, and each
-// panel meets all rows while it is in the first-level cache. With few rows (decode) a chunk's KV tiles are spread over
-// several tasks; the one that ends last merges.
+// panel meets all rows while it is in the first-level cache. With few rows (decode) panels are not worth making, and a
+// chunk's KV tiles are spread over several tasks; the one that ends last merges.
 #include "attention.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <utility>
 #include <vector>
 
+#include "attention_products.h"
 #include "pool.h"
 
 namespace qwire {
 namespace {
 
-constexpr int kTile = 256;
 constexpr float kNoScore = -3.0e38f;  // finite, so that a row that has read nothing yet stays free of inf - inf
-
-// Accumulators of the products below: rows and vectors that fit the registers.
-#if defined(__AVX512F__)
-constexpr int kRows = 6, kVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kRows = 6, kVectors = 2;
-#else
-constexpr int kRows = 3, kVectors = 3;
-#endif
-constexpr int kPanel = kVectors * kLanes;  // columns of a panel
-constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
-
-constexpr int kQueryRows = 192;  // rows of a unit: fewer repeat the packing, more leave the second-level cache
-constexpr int kFewRows = 12;     // up to here values are read in place and KV tiles spread over tasks
+constexpr int kQueryRows = 192;       // rows of a unit: fewer repeat the packing, more leave the second-level cache
+constexpr int kFewRows = 12;          // up to here values are read in place and KV tiles spread over tasks
 constexpr int kTasksAThread = 8;
-constexpr int kAhead = 64;       // keys or values, in the order of reading, that are asked for before they are read
-
-// c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0.
-template <int M, int N>
-void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool fresh) {
-    f32v sums[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * c_stride + n * kLanes);
-    for (int64_t k = 0; k < count; ++k) {
-        f32v row[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * kPanel + n * kLanes);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const f32v factor = splat(a[m * a_stride + k]);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
-}
-
-using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
-
-template <size_t... I>
-constexpr std::array<Multiply, sizeof...(I)> multiplies(std::index_sequence<I...>) {
-    return {multiply<I / kVectors + 1, I % kVectors + 1>...};
-}
-
-// For M rows and N vectors: kMultiply[(M - 1) * kVectors + N - 1].
-constexpr auto kMultiply = multiplies(std::make_index_sequence<kRows * kVectors>());
-
-// Vectors that `mix` keeps for each of M rows.
-constexpr int mix_vectors([[maybe_unused]] int m) {
-#if defined(__AVX512F__)
-    return m <= 3 ? 8 : 4;
-#elif defined(__AVX2__)
-    return m <= 1 ? 8 : m <= 3 ? 4 : m <= 4 ? 2 : 1;
-#else
-    return m <= 2 ? 4 : 2;
-#endif
-}
-
-// Asks for the bytes [from, from + count) of a row, into the second-level cache: on Zen 4 random blocks of 4 KB came in
-// at 10 GB/s a thread so, and at 6, no faster than without asking, into the first-level one.
-QWIRE_INLINE void prefetch(const void* from, int64_t count) {
-    for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
-}
-
-// out [M, N vectors] = weights [M, count] * values [count, N vectors], in order; value k begins at values[k] + d.
-template <class T, int M, int N>
-void mix(int64_t count, const float* weights, const T* const* values, int64_t d, float* out, int64_t out_stride) {
-    f32v sums[M][N] = {};
-    for (int64_t k = 0; k < count; ++k) {
-        prefetch(values[k + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
-        const T* row = values[k] + d;
-        f32v factors[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) factors[m] = splat(weights[m * kTile + k]);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            const f32v value = widen(row + n * kLanes);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) sums[m][n] = fma(factors[m], value, sums[m][n]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(out + m * out_stride + n * kLanes, sums[m][n]);
-}
-
-// As `mix`, for any number of vectors.
-template <class T, int M, int N = mix_vectors(M)>
-void mix_all(int64_t vectors, int64_t count, const float* weights, const T* const* values, int64_t d, float* out,
-             int64_t out_stride) {
-    for (; vectors >= N; vectors -= N, d += N * kLanes)
-        mix<T, M, N>(count, weights, values, d, out + d, out_stride);
-    if constexpr (N > 1) {
-        if (vectors) mix_all<T, M, N / 2>(vectors, count, weights, values, d, out, out_stride);
-    }
-}
-
-template <class T>
-using Mix = void (*)(int64_t, int64_t, const float*, const T* const*, int64_t, float*, int64_t);
-
-template <class T, size_t... I>
-constexpr std::array<Mix<T>, sizeof...(I)> mixes(std::index_sequence<I...>) {
-    return {mix_all<T, I + 1>...};
-}
-
-template <class T>
-constexpr auto kMix = mixes<T>(std::make_index_sequence<kRows>());
-
-// Elements d to d + depth - 1 of as many keys as a vector has lanes, as columns: to[i * kPanel + key].
-template <class T>
-void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, float* to) {
-    constexpr int64_t kParts = 4 / sizeof(T), kWide = kParts * kLanes;
-    u32v x[kLanes];
-    const auto columns = [&](int64_t count) {
-        transpose(x);
-        for (int64_t j = 0; j < count / kParts; ++j, to += kParts * kPanel) {
-            f32v parts[kParts];
-            unpack(x[j], T{}, parts);
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < kParts; ++i) store(to + i * kPanel, parts[i]);
-        }
-    };
-    // As many of the rows ahead as these elements are of the rows at hand.
-    const auto ask = [&](int64_t begin, int64_t end) {
-        for (int64_t key = kLanes * begin / dim; key < kLanes * end / dim; ++key)
-            prefetch(keys[key + kAhead], dim * int64_t(sizeof(T)));
-    };
-    for (const int64_t end = d + depth / kWide * kWide; d < end; d += kWide) {
-        ask(d, d + kWide);
-        for (int key = 0; key < kLanes; ++key) x[key] = load<u32v>(keys[key] + d);
-        columns(kWide);
-    }
-    const int64_t left = depth % kWide;
-    if (!left) return;
-    ask(d, d + left);
-    for (int key = 0; key < kLanes; ++key) {
-        x[key] = u32v{};
-        std::memcpy(&x[key], keys[key] + d, size_t(left) * sizeof(T));
-    }
-    columns(left);
-}
 
 // The keys of a tile that a row, or a block of rows, reads: [from, to), counted within the tile; none where from >= to.
 struct Span {
@@ -505,7 +360,11 @@ class Attention {
         const int last = (to + kLanes - 1) / kLanes * kLanes;
         const T* const* keys = reinterpret_cast<const T* const*>(s.lines);
         const T* const* values = keys + (last - first);
-        score(rows, keys, s, first, last);
+        if (rows <= kRows) {
+            kScoreFew<T>[size_t(rows - 1)]((last - first) / kLanes, keys, dim_, s.queries, s.scores + first);
+        } else {
+            score(rows, keys, s, first, last);
+        }
         for (int64_t row = 0; row < rows; row += kRows) {
             const Span block = block_span(s, row, rows);
             for (int64_t i = row; i < std::min(rows, row + kRows); ++i) {
@@ -516,9 +375,10 @@ class Attention {
         if (rows > kFewRows) return mix_packed(rows, values, s, first, to, mixed);
         for (int64_t row = 0; row < rows; row += kRows) {
             const Span block = block_span(s, row, rows);
-            kMix<T>[size_t(std::min<int64_t>(kRows, rows - row) - 1)](
-                dim_ / kLanes, block.to - block.from, s.scores + row * kTile + block.from,
-                values + (block.from - first), 0, mixed + row * dim_, dim_);
+            const auto mix = kMix<T>[size_t(std::min<int64_t>(kRows, rows - row) - 1)];
+            for (int from = block.from; from < block.to; from += kDepth)
+                mix(dim_ / kLanes, std::min(kDepth, block.to - from), s.scores + row * kTile + from,
+                    values + (from - first), 0, mixed + row * dim_, dim_, from == block.from);
         }
     }
 

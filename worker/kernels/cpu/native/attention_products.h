@@ -1,0 +1,262 @@
+// The products of attention: scores of queries and keys, and values mixed by weights. Each element is one sum in order,
+// whatever the number of rows and of columns.
+//
+// Few rows meet keys that are turned into columns but left as they were read, and values in place; many meet panels of
+// both, widened to floats once.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "attention_types.h"
+
+namespace qwire {
+
+constexpr int kTile = 256;  // keys of a tile: rows of scores and weights are as long
+
+// Accumulators of the products below: rows and vectors that fit the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kVectors = 2;
+#else
+constexpr int kRows = 3, kVectors = 3;
+#endif
+constexpr int kPanel = kVectors * kLanes;  // columns of a panel
+constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
+constexpr int kAhead = 64;                 // keys or values, in the order of reading, that are asked for before they are read
+
+// c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0.
+template <int M, int N>
+void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool fresh) {
+    f32v sums[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * c_stride + n * kLanes);
+    for (int64_t k = 0; k < count; ++k) {
+        f32v row[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * kPanel + n * kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const f32v factor = splat(a[m * a_stride + k]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
+}
+
+using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+
+template <size_t... I>
+constexpr std::array<Multiply, sizeof...(I)> multiplies(std::index_sequence<I...>) {
+    return {multiply<I / kVectors + 1, I % kVectors + 1>...};
+}
+
+// For M rows and N vectors: kMultiply[(M - 1) * kVectors + N - 1].
+constexpr auto kMultiply = multiplies(std::make_index_sequence<kRows * kVectors>());
+
+// Vectors that `mix` keeps for each of M rows.
+constexpr int mix_vectors([[maybe_unused]] int m) {
+#if defined(__AVX512F__)
+    return m <= 3 ? 8 : 4;
+#elif defined(__AVX2__)
+    return m <= 1 ? 8 : m <= 3 ? 4 : m <= 4 ? 2 : 1;
+#else
+    return m <= 2 ? 4 : 2;
+#endif
+}
+
+// Asks for the bytes [from, from + count) of a row, into the second-level cache: on Zen 4 random blocks of 4 KB came in
+// at 10 GB/s a thread so, and at 6, no faster than without asking, into the first-level one.
+QWIRE_INLINE void prefetch(const void* from, int64_t count) {
+    for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
+// out [M, N vectors] += weights [M, count] * values [count, N vectors], in order; value k begins at values[k] + d.
+// `fresh`: out is taken as 0.
+template <class T, int M, int N>
+void mix(int64_t count, const float* weights, const T* const* values, int64_t d, float* out, int64_t out_stride,
+         bool fresh) {
+    f32v sums[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(out + m * out_stride + n * kLanes);
+    for (int64_t k = 0; k < count; ++k) {
+        prefetch(values[k + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
+        const T* row = values[k] + d;
+        f32v factors[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) factors[m] = splat(weights[m * kTile + k]);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const f32v value = widen(row + n * kLanes);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) sums[m][n] = fma(factors[m], value, sums[m][n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(out + m * out_stride + n * kLanes, sums[m][n]);
+}
+
+// As `mix`, for any number of vectors.
+template <class T, int M, int N = mix_vectors(M)>
+void mix_all(int64_t vectors, int64_t count, const float* weights, const T* const* values, int64_t d, float* out,
+             int64_t out_stride, bool fresh) {
+    for (; vectors >= N; vectors -= N, d += N * kLanes)
+        mix<T, M, N>(count, weights, values, d, out + d, out_stride, fresh);
+    if constexpr (N > 1) {
+        if (vectors) mix_all<T, M, N / 2>(vectors, count, weights, values, d, out, out_stride, fresh);
+    }
+}
+
+template <class T>
+using Mix = void (*)(int64_t, int64_t, const float*, const T* const*, int64_t, float*, int64_t, bool);
+
+template <class T, size_t... I>
+constexpr std::array<Mix<T>, sizeof...(I)> mixes(std::index_sequence<I...>) {
+    return {mix_all<T, I + 1>...};
+}
+
+template <class T>
+constexpr auto kMix = mixes<T>(std::make_index_sequence<kRows>());
+
+// Elements d to d + 4 / sizeof(T) * kLanes - 1 of as many rows as a vector has lanes; 0 for those beyond d + depth - 1.
+template <class T>
+QWIRE_INLINE void load_rows(const T* const* rows, int64_t d, int64_t depth, u32v (&x)[kLanes]) {
+    if (depth * int64_t(sizeof(T)) >= int64_t(sizeof(u32v))) {
+#pragma GCC unroll 16
+        for (int row = 0; row < kLanes; ++row) x[row] = load<u32v>(rows[row] + d);
+        return;
+    }
+    for (int row = 0; row < kLanes; ++row) {
+        x[row] = u32v{};
+        std::memcpy(&x[row], rows[row] + d, size_t(depth) * sizeof(T));
+    }
+}
+
+// Elements d to d + depth - 1 of as many keys as a vector has lanes, as columns: to[i * kPanel + key].
+template <class T>
+void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, float* to) {
+    constexpr int64_t kParts = 4 / sizeof(T), kWide = kParts * kLanes;
+    u32v x[kLanes];
+    const auto columns = [&](int64_t count) {
+        transpose(x);
+        for (int64_t j = 0; j < count / kParts; ++j, to += kParts * kPanel) {
+            f32v parts[kParts];
+            unpack(x[j], T{}, parts);
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < kParts; ++i) store(to + i * kPanel, parts[i]);
+        }
+    };
+    // As many of the rows ahead as these elements are of the rows at hand.
+    const auto ask = [&](int64_t begin, int64_t end) {
+        for (int64_t key = kLanes * begin / dim; key < kLanes * end / dim; ++key)
+            prefetch(keys[key + kAhead], dim * int64_t(sizeof(T)));
+    };
+    for (const int64_t end = d + depth / kWide * kWide; d < end; d += kWide) {
+        ask(d, d + kWide);
+        load_rows(keys, d, kWide, x);
+        columns(kWide);
+    }
+    const int64_t left = depth % kWide;
+    if (!left) return;
+    ask(d, d + left);
+    load_rows(keys, d, left, x);
+    columns(left);
+}
+
+// c [M, N vectors] += a [M, count * parts] * b, in order, as `multiply` does; b [count, N vectors] holds neighbouring rows
+// together, as `unpack` takes them apart.
+template <class T, int M, int N>
+__attribute__((noinline)) void multiply_unpacked(int64_t count, const float* a, int64_t a_stride, const u32v* b, float* c,
+                                                 bool fresh) {
+    constexpr int kParts = 4 / sizeof(T);
+    f32v sums[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * kTile + n * kLanes);
+    for (; count; --count, a += kParts, b += N) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+            f32v row[N];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                f32v parts[kParts];
+                unpack(b[n], T{}, parts);
+                row[n] = parts[i];
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                const f32v factor = splat(a[m * a_stride + i]);
+#pragma GCC unroll 8
+                for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
+            }
+            asm volatile("" ::: "memory");  // b is read anew: kept for the next part, it would drive sums into memory
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(c + m * kTile + n * kLanes, sums[m][n]);
+}
+
+// scores [M, N vectors] of as many keys as N vectors have lanes: each one sum over d in order. For few rows columns are
+// kept as they were read, and widened when they meet the rows.
+template <class T, int M, int N>
+void score_few(const T* const* keys, int64_t dim, const float* queries, float* scores) {
+    constexpr int64_t kParts = 4 / sizeof(T), kWide = kParts * kLanes;
+    u32v columns[kDepth / kParts][N];
+    for (int64_t d = 0; d < dim; d += kDepth) {
+        const int64_t depth = std::min<int64_t>(kDepth, dim - d);
+        for (int64_t e = 0; e < depth; e += kWide) {
+#pragma GCC unroll 1
+            for (int n = 0; n < N; ++n) {
+                const T* const* rows = keys + n * kLanes;
+                if ((d + e) * int64_t(sizeof(T)) % 64 == 0) {
+#pragma GCC unroll 16
+                    for (int key = 0; key < kLanes; ++key) prefetch(rows[key + kAhead] + d + e, 64);
+                }
+                u32v x[kLanes];
+                load_rows(rows, d + e, depth - e, x);
+                transpose(x);
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < kLanes; ++j) columns[e / kParts + j][n] = x[j];
+            }
+        }
+        multiply_unpacked<T, M, N>(depth / kParts, queries + d, dim, columns[0], scores, d == 0);
+    }
+}
+
+// As `score_few`, for any number of vectors.
+template <class T, int M, int N = (M <= 3 ? 4 : 2)>
+void score_all(int64_t vectors, const T* const* keys, int64_t dim, const float* queries, float* scores) {
+    for (; vectors >= N; vectors -= N, keys += N * kLanes, scores += N * kLanes)
+        score_few<T, M, N>(keys, dim, queries, scores);
+    if constexpr (N > 1) {
+        if (vectors) score_all<T, M, N / 2>(vectors, keys, dim, queries, scores);
+    }
+}
+
+template <class T>
+using ScoreFew = void (*)(int64_t, const T* const*, int64_t, const float*, float*);
+
+template <class T, size_t... I>
+constexpr std::array<ScoreFew<T>, sizeof...(I)> scores_of_few(std::index_sequence<I...>) {
+    return {score_all<T, I + 1>...};
+}
+
+template <class T>
+constexpr auto kScoreFew = scores_of_few<T>(std::make_index_sequence<kRows>());
+
+}  // namespace qwire
