@@ -112,6 +112,10 @@ int64_t panel_bytes(Format format, int64_t in) {
 
 int64_t packed_bytes(Format format, int64_t out, int64_t in) { return ceil_div(out, kPanel) * panel_bytes(format, in); }
 
+Pieces panels(Format format, const void* packed, int64_t out, int64_t in) {
+    return {static_cast<const char*>(packed), ceil_div(out, kPanel), panel_bytes(format, in)};
+}
+
 void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
             int64_t x_stride, float* y, int64_t y_stride) {
     if (format != Format::kInt8 && format != Format::kInt4) {

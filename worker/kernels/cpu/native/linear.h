@@ -21,6 +21,7 @@
 
 #include <cstdint>
 
+#include "pool.h"
 #include "quantize.h"
 
 namespace qwire {
@@ -35,6 +36,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t panel_bytes(Format format, int64_t in);
 int64_t packed_bytes(Format format, int64_t out, int64_t in);
+// The weights, as `linear` shares them out.
+Pieces panels(Format format, const void* packed, int64_t out, int64_t in);
 
 // Rows [first, first + count) of W into `packed`, which began as zeros. `rows` is [count, in] of `source`'s type, one of
 // the three float formats; `format` too, which may differ from it.

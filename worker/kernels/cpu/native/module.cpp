@@ -56,7 +56,12 @@ class Program {
 
     void run() const {
         const py::gil_scoped_release unlocked;
-        for (const auto& call : calls_) call();
+        size_t next = 0;  // the first call after the one at hand that reads weights
+        for (size_t i = 0; i < calls_.size(); ++i) {
+            while (next < calls_.size() && (next <= i || !calls_[next].weights.data)) ++next;
+            qwire::expect(next < calls_.size() ? calls_[next].weights : qwire::Pieces{});
+            calls_[i].make();
+        }
     }
 
     size_t size() const { return calls_.size(); }
@@ -70,14 +75,18 @@ class Program {
 
     // Makes a call, without the lock of Python, and records it where that is wanted.
     template <class F>
-    static void make(F call) {
+    static void make(F call, const qwire::Pieces& weights = {}) {
         const py::gil_scoped_release unlocked;
         call();
-        if (recorded_) recorded_->calls_.emplace_back(std::move(call));
+        if (recorded_) recorded_->calls_.push_back({std::move(call), weights});
     }
 
    private:
-    std::vector<std::function<void()>> calls_;
+    struct Call {
+        std::function<void()> make;
+        qwire::Pieces weights;  // that it reads, to be fetched before by threads that wait
+    };
+    std::vector<Call> calls_;
     bool complete_ = true;
     static thread_local Program* recorded_;
 };
@@ -186,10 +195,12 @@ void def_linear(py::module_& module) {
         "linear",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,
            int64_t x_stride, Address y, int64_t y_stride) {
-            Program::make([=] {
-                qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x), x_stride,
-                              at<float>(y), y_stride);
-            });
+            Program::make(
+                [=] {
+                    qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x), x_stride,
+                                  at<float>(y), y_stride);
+                },
+                qwire::panels(Format(format), at(packed), out, in));
         });
     module.def(
         "quantize_rows",
@@ -201,10 +212,12 @@ void def_linear(py::module_& module) {
         "linear_quantized",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address memory,
            Address y, int64_t y_stride) {
-            Program::make([=] {
-                qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in}, at<float>(y),
-                              y_stride);
-            });
+            Program::make(
+                [=] {
+                    qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in},
+                                  at<float>(y), y_stride);
+                },
+                qwire::panels(Format(format), at(packed), out, in));
         });
     module.def(
         "embed",

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -20,6 +21,8 @@ namespace {
 constexpr int kIndexBits = 20;  // of a job: [generation: 24][tasks: 20][next task: 20]
 constexpr uint64_t kIndexMask = (uint64_t{1} << kIndexBits) - 1;
 constexpr auto kSpin = std::chrono::microseconds(150);
+constexpr int64_t kFetch = 512 << 10;  // bytes of what is expected that a helper fetches: half of a level-2 cache
+constexpr int64_t kFetchStep = 2 << 10;
 constexpr int kYieldAfter = 4096;  // pauses of a caller that waits for helpers, some 40 µs
 
 void pause() {
@@ -39,7 +42,7 @@ class Pool {
    public:
     Pool(int threads, const int* cpus) : threads_(threads) {
         if (cpus) caller_cpu_ = cpus[0];
-        for (int i = 1; i < threads; ++i) helpers_.emplace_back([this, cpu = cpus ? cpus[i] : -1] { help(cpu); });
+        for (int i = 1; i < threads; ++i) helpers_.emplace_back([this, i, cpu = cpus ? cpus[i] : -1] { help(i, cpu); });
     }
 
     ~Pool() {
@@ -66,6 +69,13 @@ class Pool {
             spins < kYieldAfter ? pause() : void(sched_yield());
     }
 
+    // A helper may see a part of this and a part of what was there before: it then fetches what nobody needs.
+    void expect(const Pieces& pieces) {
+        bytes_.store(pieces.bytes, std::memory_order_relaxed);
+        pieces_.store(pieces.pieces, std::memory_order_relaxed);
+        expected_.store(pieces.data, std::memory_order_relaxed);
+    }
+
    private:
     static bool open(uint64_t job) { return (job & kIndexMask) < (job >> kIndexBits & kIndexMask); }
 
@@ -80,8 +90,31 @@ class Pool {
         }
     }
 
-    void help(int cpu) {
+    // What a helper fetches while it waits.
+    struct Fetch {
+        const char *expected = nullptr, *at = nullptr, *end = nullptr;
+    };
+
+    // Fetches another step of what helper `index` is expected to read, or waits about as long.
+    void fetch(Fetch& own, int index) {
+        const char* expected = expected_.load(std::memory_order_relaxed);
+        if (expected != own.expected) {
+            const int64_t pieces = pieces_.load(std::memory_order_relaxed);
+            const int64_t bytes = bytes_.load(std::memory_order_relaxed);
+            own = {expected, expected + pieces * index / threads_ * bytes, nullptr};
+            own.end = std::min(own.at + kFetch, expected + pieces * (index + 1) / threads_ * bytes);
+        }
+        if (own.at >= own.end) {
+            for (int i = 0; i < 16; ++i) pause();
+            return;
+        }
+        for (int64_t i = 0; i < kFetchStep; i += 64) __builtin_prefetch(own.at + i, 0, 2);
+        own.at += kFetchStep;
+    }
+
+    void help(int index, int cpu) {
         if (cpu >= 0) pin(cpu);
+        Fetch own;
         auto idle_since = std::chrono::steady_clock::now();
         while (!stopping_.load(std::memory_order_relaxed)) {
             if (open(job_.load(std::memory_order_acquire))) {
@@ -89,7 +122,7 @@ class Pool {
                 idle_since = std::chrono::steady_clock::now();
                 continue;
             }
-            for (int i = 0; i < 16; ++i) pause();
+            fetch(own, index);
             if (std::chrono::steady_clock::now() - idle_since > kSpin) {
                 sleep();
                 idle_since = std::chrono::steady_clock::now();
@@ -115,6 +148,8 @@ class Pool {
     uint64_t generation_ = 0;
     Task task_ = nullptr;
     void* context_ = nullptr;
+    std::atomic<const char*> expected_{nullptr};
+    std::atomic<int64_t> pieces_{0}, bytes_{0};
     alignas(64) std::atomic<uint64_t> job_{0};
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<uint32_t> wakes_{0};
@@ -149,6 +184,8 @@ int num_threads() { return current().threads(); }
 void run_tasks(int64_t tasks, Task task, void* context) {
     if (tasks > 0) current().run(tasks, task, context);
 }
+
+void expect(const Pieces& pieces) { current().expect(pieces); }
 
 void* scratch(int slot, int64_t bytes) {
     thread_local Scratch slots[4];

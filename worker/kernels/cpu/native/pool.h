@@ -27,6 +27,16 @@ void parallel_for(int64_t tasks, F&& f) {
               const_cast<std::remove_const_t<Function>*>(&f));
 }
 
+// Memory that a call reads in `pieces` of `bytes` each, of which every thread gets a run of about as many.
+struct Pieces {
+    const char* data = nullptr;
+    int64_t pieces = 0, bytes = 0;
+};
+
+// Says what one of the next calls will read: until the next `expect`, helpers that have nothing to do fetch the beginning
+// of their runs into their caches. A decode step's small operations, which one thread does, then cost less of its time.
+void expect(const Pieces& pieces);
+
 // Memory of this thread for the length of a task, 64-byte aligned; the next call on the same thread and slot may move it.
 void* scratch(int slot, int64_t bytes);
 
