@@ -1,27 +1,33 @@
 """What the service costs: tokens a second of streams over gRPC, with text, beside those of the engine alone.
 
-    python -m benchmarks.service --model FOLDER [--batch 8] [--prompt 128] [--new 128] [--rounds 3]
+    python -m benchmarks.service --model FOLDER [--batch 8] [--prompt 128] [--new 64] [--rounds 8]
 
-Router, tokenizer service, worker and client share the machine's cores; the engine alone, in turn with
-them, has them for itself. Only tokens count that come while all streams decode.
+Router, tokenizer service, worker and client share the machine's cores; an engine in this process, in turn with them,
+has them for itself. Both are loaded all the time, so that turns are seconds apart. Of either, the tokens and the time
+count while all streams decode.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
+import torch
 
 from qwire import AsyncClient
 from tests.helpers.stacks import running_stack
-from worker.model import ModelConfig
+from worker.bench import Case, run_case
+from worker.kernels import choose_kernels, pin_threads, usable_cpus
+from worker.runner.runner import TorchRunner
+
+STEP_TOKENS = 512
+"""That a step computes at most, on either side."""
 
 
 async def streamed(address: str, vocab: int, batch: int, prompt: int, new: int, seed: int) -> float:
@@ -44,34 +50,43 @@ async def streamed(address: str, vocab: int, batch: int, prompt: int, new: int, 
     return sum(count for got in times for at, count in got if begin < at <= end) / (end - begin)
 
 
-def alone(model: Path, batch: int, prompt: int, new: int) -> float:
-    """The same of the engine."""
-    argv = [sys.executable, "-m", "worker", "bench", "engine", "--model", str(model), "--json"]
-    done = subprocess.run([*argv, "--case", f"{batch},{prompt},{new}"], stdout=subprocess.PIPE, text=True, check=True)
-    told: float = json.loads(done.stdout.splitlines()[-1])["cases"][0]["decode_tok_s"]
-    return told
+def load(model: Path, case: Case) -> TorchRunner:
+    """The engine's, on all cores."""
+    cpus = usable_cpus()
+    kernels = choose_kernels(threads=len(cpus)).kernels
+    runner = TorchRunner(model, num_blocks=case.blocks + 1, dtype="auto", kernels=kernels)
+    torch.set_num_threads(1)
+    pin_threads(kernels, cpus)
+    return runner
+
+
+def alone(runner: TorchRunner, case: Case) -> float:
+    """The same of the engine alone, in a thread of its own: its cores are fixed."""
+    _, decode = run_case(runner, case, STEP_TOKENS)
+    return case.batch / statistics.fmean(decode)
 
 
 @click.command()
 @click.option("--model", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--batch", default=8)
 @click.option("--prompt", default=128, help="Tokens.")
-@click.option("--new", default=128, help="Tokens.")
-@click.option("--rounds", default=3)
+@click.option("--new", default=64, help="Tokens.")
+@click.option("--rounds", default=8)
 def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     """Compares the service with its engine."""
-    ratios, vocab = [], ModelConfig.read(model).vocab_size
-    for number in range(rounds):
-        flags = ("--kv-cache-mib", "1024", "--speculation", "0")
-        with running_stack(model, "model", worker_flags=flags) as stack:
-            asyncio.run(
-                streamed(stack.address, vocab, batch, prompt, 4, 1000 + number)
-            )  # steps that are recorded, and so on
+    case = Case(batch, prompt, new)
+    flags = ("--kv-cache-mib", "1024", "--speculation", "0", "--max-step-tokens", str(STEP_TOKENS))
+    with running_stack(model, "model", worker_flags=flags) as stack, ThreadPoolExecutor(1) as thread:
+        runner = thread.submit(load, model, case).result()
+        vocab = runner.config.vocab_size
+        ratios = []
+        for number in range(rounds + 1):
             service = asyncio.run(streamed(stack.address, vocab, batch, prompt, new, number))
-        engine = alone(model, batch, prompt, new)
-        ratios.append(service / engine)
-        print(f"service {service:.1f} tok/s, engine {engine:.1f} tok/s: {service / engine:.3f}", file=sys.stderr)
-    print(f"{model.name}, batch {batch}: {statistics.median(ratios):.3f} of the engine's, median of {rounds}")
+            engine = thread.submit(alone, runner, case).result()
+            print(f"service {service:.1f} tok/s, engine {engine:.1f} tok/s: {service / engine:.3f}", file=sys.stderr)
+            ratios.append(service / engine)
+    counted = ratios[1:]  # the first round records steps, and so on
+    print(f"{model.name}, batch {batch}: {statistics.median(counted):.3f} of the engine's, median of {rounds}")
 
 
 if __name__ == "__main__":

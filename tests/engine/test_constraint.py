@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.engine.test_engine import Harness
+from tests.engine.harness import Harness
 from tests.helpers.fake_runner import continuation
 from worker.engine.constraint import Standing, TokenMask
 from worker.engine.plan import NO_TOKEN, Chunk, Drawn, StepPlan

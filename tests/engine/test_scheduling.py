@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwire.ordering import AGEING_SECONDS, MAX_PRIORITY
-from tests.engine.test_engine import Harness
+from tests.engine.harness import Harness
 from tests.helpers.fake_runner import continuation
 from worker.engine.plan import Drawn, StepPlan
 from worker.engine.scheduler import DECODES_STRETCHED, LEAST_PROMPT_TOKENS

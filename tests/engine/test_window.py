@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwire import prefix
-from tests.engine.test_engine import ROOT, Harness
+from tests.engine.harness import ROOT, Harness
 from tests.helpers.models import write_random_qwen3
 from worker.engine.engine import Engine, StepReport
 from worker.engine.plan import Drawn, StepPlan
