@@ -8,51 +8,50 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
-from qwire.service import interceptors
+from qwire.service import boundary
 from router.__main__ import main
 
 TIMES = "QWIRE_REFUSAL_TIMES"
 """Names the file that takes the seconds, a JSON list, but for its ending: the process id."""
 
 _seconds: list[float] = []
-_Guard = interceptors._Guard
 
 
-class TimedGuard(_Guard):
-    """Notes the time of every call that ends RESOURCE_EXHAUSTED."""
+class TimedRefusal(boundary._Refusal):
+    """Notes the time of every call that is refused unread."""
+
+    async def unary(self, requests: Any, context: Any) -> NoReturn:
+        started = time.perf_counter()
+        try:
+            await super().unary(requests, context)
+        finally:
+            _seconds.append(time.perf_counter() - started)
+            del requests, context  # as the method that it stands for
+
+
+class TimedGuard(boundary._Guard):
+    """Notes the time of every other call that ends RESOURCE_EXHAUSTED."""
 
     async def unary(self, request: Any, context: Any) -> Any:
-        with _noted(context):
+        started = time.perf_counter()
+        try:
             return await super().unary(request, context)
-
-    async def stream(self, request: Any, context: Any) -> None:
-        with _noted(context):
-            await super().stream(request, context)
-
-
-@contextmanager
-def _noted(context: Any) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    except grpc.aio.AbortError:
-        if context.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            _seconds.append(time.perf_counter() - started)
-        raise
+        finally:
+            if context.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                _seconds.append(time.perf_counter() - started)
+            del request, context
 
 
 def save() -> None:
     Path(f"{os.environ[TIMES]}.{os.getpid()}").write_text(json.dumps(_seconds))
 
 
-interceptors._Guard = TimedGuard  # type: ignore[misc]
+boundary._Guard, boundary._Refusal = TimedGuard, TimedRefusal  # type: ignore[misc]
 
 if __name__ == "__main__":
     atexit.register(save)

@@ -168,6 +168,11 @@ class TurnQueue(Generic[_Item]):
     def in_order(self, now: float) -> Iterator[_Item]:
         """What waits, the next turn first. The queue must not change while this is used."""
 
+        if len(self._groups) == 1:
+            [waiting] = self._groups.values()
+            yield from (item for _, item in waiting)
+            return
+
         def rank(group: Group) -> tuple[int, int, float]:
             priority, _ = group
             return -levels[priority], -priority, self._shares.had(group)

@@ -59,6 +59,7 @@ async def serve(config: RouterConfig) -> int:
         Listener(config.listen, config.insecure_bind),
         max_message_bytes=config.max_request_bytes,
         write_timeout=config.write_timeout,
+        refuse=generation.refuse,
         # More concurrent calls than streams: those over the limit get a typed answer instead of waiting unseen.
         options=[("grpc.max_concurrent_streams", 4 * config.max_streams)],
     )
@@ -146,7 +147,7 @@ def main() -> None:
     """The router."""
 
 
-main.add_command(command(RouterConfig, lambda config: run(lambda: serve(config)), service="router"))
+main.add_command(command(RouterConfig, lambda config: run(lambda: serve(config), batch=True), service="router"))
 
 if __name__ == "__main__":
     main(prog_name="python -m router")

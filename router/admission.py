@@ -191,6 +191,18 @@ class Admission:
     def running(self) -> int:
         return self._all.running.requests
 
+    def refuse(self, tenant: str, model: str) -> QwireError | None:
+        """How any request for a model is refused now, whatever it holds; None where that depends on it.
+
+        What it returns is to be told to the caller: it counts as refused.
+        """
+        if self._all.queued.requests < min(self._all.limits.queued, self._tenant_limits.queued):
+            return None
+        use = self._tenants.get(tenant) or _Use(self._tenant_limits)
+        if (error := self._over_limit(use, 1, 0, model)) is not None:
+            self.refused += 1
+        return error
+
     def enter(self, tenant: str, claim: Claim, tokens: int, model: str) -> Ticket:
         """Takes in a request, which leaves with its ticket, or refuses it.
 
@@ -234,6 +246,20 @@ class Admission:
         return max(prefill, requests * lane.pace.seconds(self._clock()))
 
     def _refusal(self, use: _Use, claim: Claim, tokens: int, model: str) -> QwireError | None:
+        if (error := self._over_limit(use, tokens, claim.priority, model)) is not None:
+            return error
+        if claim.deadline == math.inf:
+            return None
+        remaining = claim.deadline - self._clock()
+        if (wait := self.estimate(model, claim.priority)) <= max(0.0, remaining):
+            return None
+        return _overloaded(
+            f"the wait is estimated at {wait:.1f} s, and the deadline is in {remaining:.1f} s",
+            Reason.DEADLINE_UNREACHABLE,
+            wait - remaining,
+        )
+
+    def _over_limit(self, use: _Use, tokens: int, priority: int, model: str) -> QwireError | None:
         spare = self._spare(model, self._all)
         for who, whose, flag in ((self._all, "", ""), (use, " of this tenant", "tenant-")):
             # Those for whom there is room only pass through the queue.
@@ -244,17 +270,8 @@ class Admission:
                 limit = f"over {who.limits.queued_tokens} prompt tokens{whose} would wait (--{flag}max-queued-tokens)"
             else:
                 continue
-            return _overloaded(limit, Reason.OVERLOADED, self.estimate(model, claim.priority))
-        if claim.deadline == math.inf:
-            return None
-        remaining = claim.deadline - self._clock()
-        if (wait := self.estimate(model, claim.priority)) <= remaining:
-            return None
-        return _overloaded(
-            f"the wait is estimated at {wait:.1f} s, and the deadline is in {remaining:.1f} s",
-            Reason.DEADLINE_UNREACHABLE,
-            wait - remaining,
-        )
+            return _overloaded(limit, Reason.OVERLOADED, self.estimate(model, priority))
+        return None
 
     def _spare(self, model: str, use: _Use) -> int:
         """How many that come now would not have to wait but for those that are queued."""
@@ -316,7 +333,7 @@ class Admission:
                 room = self._fleet.room(wanted)
                 # Where no worker is ready, the wait for one is another's, and bounded in time.
                 rooms[wanted] = room is None or room > lane.granted
-                if not rooms[wanted] and self._fleet.room(Wanted(wanted.model)) == 0:
+                if not rooms[wanted] and (self._fleet.room(Wanted(wanted.model)) or 0) <= lane.granted:
                     return None
             if rooms[wanted] and self._tenants[ticket.tenant].takes(ticket.tokens):
                 return ticket

@@ -15,6 +15,7 @@ import grpc
 
 from qwire.errors import QwireError
 from qwire.ordering import MAX_PRIORITY, MIN_PRIORITY, Claim
+from qwire.service.boundary import Metadata
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, resume_pb2, tokenizer_pb2, worker_pb2
@@ -46,6 +47,10 @@ class _Prompt:
     template_time: int | None = None
 
 
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+QUEUED_METHODS = frozenset({f"/{SERVICE}/Generate", f"/{SERVICE}/GenerateOnce"})
+
+
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Serves streams. One handler a stream holds everything that the stream owns, and gives it back however it ends."""
 
@@ -61,6 +66,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     @property
     def active_streams(self) -> int:
         return len(self._live)
+
+    def refuse(self, method: str, metadata: Metadata) -> QwireError | None:
+        """What a call is refused with while its request is unread; None where that is left to `_enter`. Under overload
+        most calls end here: with more than one model, what waits for which isn't known yet."""
+        model = self._fleet.known_model("")
+        if method not in QUEUED_METHODS or not model:
+            return None
+        try:
+            return self._admission.refuse(tenant_of(metadata), model)
+        except QwireError:  # of the metadata
+            return None
 
     def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         return self._stream(request, context, self._enter(request, context))
@@ -87,7 +103,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         raise not_in_this_release("Score")
 
     def _enter(self, request: pb.GenerateRequest, context: Context) -> Ticket:
-        """A request's place, before anything is computed for it: under overload most end here. Raises QwireError."""
+        """A request's place, before anything is computed for it. Raises QwireError."""
         arrival, remaining = time.monotonic(), context.time_remaining()
         tenant = tenant_of(context.invocation_metadata())
         claim = Claim(
@@ -212,6 +228,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             running.cancel()
             dispatch.release()
             self._tokenizer.release(journal)
+            journal.close()
             ticket.charge(journal.generated_tokens)
 
     async def _prompt(self, request: pb.GenerateRequest, resumed: resume_pb2.ResumeState | None) -> _Prompt:

@@ -138,6 +138,12 @@ class Journal:
             self.admitted.set_exception(error)
             self.admitted.exception()  # or asyncio complains where the stream ends before anyone waits for it
 
+    def close(self) -> None:
+        """The stream is over. The journal and its choices let go of each other: else only the garbage collector, which
+        stops the event loop, could free them."""
+        for choice in self.choices:
+            choice.fail = _unheard
+
     # From the tokenizer link.
 
     @property
@@ -254,6 +260,10 @@ class Journal:
             self._start.CopyFrom(start)  # what it is part of, a step's frame, must not live as long as the stream
         else:
             self._recomputed += self._prompt_tokens - start.cached_tokens
+
+
+def _unheard(error: QwireError) -> None:
+    """Of a stream that is over."""
 
 
 def _seconds(seconds: float) -> Duration:

@@ -1,1 +1,1 @@
-"""What all services share: configuration, the gRPC server, interceptors, health and the status catalogue."""
+"""What all services share: configuration, the gRPC server, its boundary, health and the status catalogue."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -73,6 +76,18 @@ def queue(fleet: Fleet, client: Client, count: int) -> list[Generation]:
     return waiting
 
 
+def refusal_of_silence(channel: grpc.Channel) -> QwireError:
+    """What a call is answered that never sends its request."""
+    never = threading.Event()
+    method: Any = channel.stream_unary("/qwire.v1.GenerationService/GenerateOnce")
+    try:
+        error = method.future(iter(never.wait, None), timeout=10).exception()
+        assert isinstance(error, grpc.RpcError)
+        return QwireError.from_rpc(error)
+    finally:
+        never.set()
+
+
 def test_a_deadline_that_passes_in_the_queue_never_reaches_a_worker(fleet: Fleet, client: Client) -> None:
     # The first test: once turns were measured, such a request isn't even taken.
     with busy(client):
@@ -86,6 +101,14 @@ def test_a_deadline_that_passes_in_the_queue_never_reaches_a_worker(fleet: Fleet
     assert len(client.generate(token_ids=[1], max_tokens=3, ignore_eos=True, text=False).read().token_ids) == 3
     assert eventually(lambda: fleet.workers()[0].load.submits_seen > 0, 5)
     assert fleet.workers()[0].load.submits_seen == submits + 1
+
+
+def test_no_thread_of_a_router_interrupts_the_one_that_wakes_it(fleet: Fleet) -> None:
+    router = fleet.services["router-0"].pid
+    threads = {int(path.parent.name): path.read_text().strip() for path in Path("/proc").glob(f"{router}/task/*/comm")}
+    woken = [thread for thread, name in threads.items() if thread == router or name == "event_engine"]
+    assert len(woken) > 1
+    assert {os.sched_getscheduler(thread) for thread in woken} == {os.SCHED_BATCH}
 
 
 def test_a_full_queue_refuses_at_once_and_those_that_were_taken_go_on(fleet: Fleet, client: Client) -> None:
@@ -118,6 +141,7 @@ def test_a_full_queue_refuses_at_once_and_those_that_were_taken_go_on(fleet: Fle
         seconds.sort()
         print(f"refused in {1000 * seconds[10]:.1f} ms (median), {1000 * seconds[-1]:.1f} ms (longest)")
         assert fleet.state().requests_refused == refused + 20
+        assert refusal_of_silence(channel).reason == Reason.OVERLOADED  # nothing has to be read for it
         assert next(streams[0]).token_ids  # its worker goes on
         for stream in streams:
             stream.cancel()

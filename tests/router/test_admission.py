@@ -196,6 +196,24 @@ async def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     router.enter("c")  # there is room for one of the three
 
 
+async def test_what_is_refused_whatever_it_holds_need_not_be_read() -> None:
+    limits = Limits(queued=3, queued_tokens=100, running=100, running_tokens=100)
+    router = Router(limits, tenant_limits=Limits(queued=2, queued_tokens=100, running=100, running_tokens=100))
+    admission = router.admission
+    await router.wait("a", "a")
+    assert admission.refuse("a", "m") is None
+    await router.wait("a2", "a")
+    error = admission.refuse("a", "m")
+    assert error is not None and "--tenant-max-queued" in error.message and admission.refused == 1
+    assert admission.refuse("b", "m") is None
+    await router.wait("b", "b")
+    error = admission.refuse("b", "m")
+    assert error is not None and "--max-queued" in error.message and error.retry_after is not None
+    router.workers.free = 4
+    assert admission.refuse("c", "m") is None
+    assert admission.refused == 2
+
+
 async def test_tokens_are_a_limit_of_what_waits_not_of_what_there_is_room_for() -> None:
     router = Router(Limits(queued=10, queued_tokens=100, running=100, running_tokens=1000), room=1)
     await router.enter("a", tokens=500).wait(Wanted("m"))

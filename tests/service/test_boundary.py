@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -220,6 +221,37 @@ async def test_a_stop_lets_running_streams_finish() -> None:
         await server.stop(20)
         assert [message.delta.text async for message in stream] == ["pause"]
         assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_a_call_may_be_refused_before_it_is_read() -> None:
+    def refuse(method: str, metadata: Any) -> QwireError | None:
+        if method != GENERATE or ("room", "none") not in metadata:
+            return None
+        return QwireError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason=Reason.OVERLOADED, retry_after=0.5)
+
+    server = Server(Listener("127.0.0.1:0"), max_message_bytes=1 << 20, refuse=refuse, announce=False)
+    server.add(generation_pb2_grpc.add_GenerationServiceServicer_to_server, Generation(), "qwire.v1.GenerationService")
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        silent: Any = channel.stream_stream(GENERATE)(metadata=(("room", "none"),))
+        error = await error_of(silent.read())
+        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVERLOADED)
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert [m.delta.text async for m in stub.Generate(pb.GenerateRequest(text="x"))] == ["x"]
+    await server.stop(0)
+
+
+async def test_failed_calls_leave_nothing_for_the_garbage_collector(channel: grpc.aio.Channel) -> None:
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            await error_of(stub.GenerateOnce(pb.GenerateOnceRequest()))
+            await error_of(raw_stream(channel, GENERATE)(b"\xff\xff\xff").read())
+        await asyncio.sleep(0.1)
+        assert not [each for each in gc.get_objects() if type(each).__name__ == "_ServicerContext"]
+    finally:
+        gc.enable()
 
 
 async def test_a_million_unknown_fields_are_answered_at_once(channel: grpc.aio.Channel) -> None:

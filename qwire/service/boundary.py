@@ -1,8 +1,11 @@
-"""One interceptor around every method: bytes in, typed errors out.
+"""What stands before every method: bytes in, typed errors out.
 
 grpc parses requests before a handler sees them and answers UNKNOWN with the name of a Python class when that fails,
 and it sends the text of an uncaught exception to the caller. So methods are registered over raw bytes and parsed
 here, where a failure can be named; and whatever a handler raises becomes a status from the catalogue.
+
+It is no interceptor of grpc.aio, for which every call makes a chain of closures that only the garbage collector can
+take apart.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -24,9 +27,15 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Deserializer = Callable[[bytes], Any]
+Metadata = Iterable[tuple[str, str | bytes]] | None
+Refuse = Callable[[str, Metadata], QwireError | None]
+"""Says of a call, by its method and metadata, whether it is refused before its request is read, and how."""
 
 SEARCHED_FIELDS = 10_000
 """Fields and messages of a request that are looked at to name those that are unknown."""
+
+Ending = tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]
+"""A call's status, text and trailing metadata: what `abort` takes."""
 
 
 class OpenEndedCalls:
@@ -124,25 +133,46 @@ class StreamWrites:
         self.looks = 0
 
 
-class BoundaryInterceptor(grpc.aio.ServerInterceptor):
+class Boundary(grpc.GenericRpcHandler):
     """Parses requests, refuses unknown fields, bounds writes, and turns exceptions into statuses.
 
-    A message that a caller hasn't taken after `write_timeout` seconds ends its stream RESOURCE_EXHAUSTED.
+    Generated code registers services with it as with a server. A message that a caller hasn't taken after
+    `write_timeout` seconds ends its stream RESOURCE_EXHAUSTED.
+
+    Args:
+        refuse: of calls that a service has no room for, which cost least if nothing of them is read.
     """
 
-    def __init__(self, write_timeout: float) -> None:
+    def __init__(self, write_timeout: float, refuse: Refuse | None = None) -> None:
         self.open_ended = OpenEndedCalls()
         self._writes = Writes(write_timeout)
+        self._refuse = refuse
+        self._behind: list[grpc.GenericRpcHandler] = []
+        self._found: dict[str, Any] = {}
+        """By method: what was found behind, with its guard before it."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler: Any = await continuation(handler_call_details)
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        self._behind += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Nothing: they are the same ones. For each method that is registered by itself grpc.aio keeps an accept of its
+        own, and at every call it waits for all of them anew."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """What answers a call; None, for gRPC's UNIMPLEMENTED, where it is of no method."""
+        if self._refuse is not None and (error := self._refuse(details.method, details.invocation_metadata)):
+            # As one that streams requests, which gRPC calls before it has received any.
+            return grpc.stream_unary_rpc_method_handler(_Refusal(error).unary)
+        handler = self._found.get(details.method)
         if handler is None:
-            return None  # grpc answers UNIMPLEMENTED
-        guard = _Guard(handler_call_details.method, handler, self._writes, self.open_ended)
+            found = (behind.service(details) for behind in self._behind)
+            handler = next((self._guarded(details.method, handler) for handler in found if handler is not None), None)
+            if handler is not None:
+                self._found[details.method] = handler
+        return handler
+
+    def _guarded(self, method: str, handler: Any) -> Any:
+        guard = _Guard(method, handler, self._writes, self.open_ended)
         serialize = handler.response_serializer
         match handler.request_streaming, handler.response_streaming:
             case True, True:
@@ -153,6 +183,19 @@ class BoundaryInterceptor(grpc.aio.ServerInterceptor):
                 return grpc.unary_stream_rpc_method_handler(guard.stream, None, serialize)
             case _:
                 return grpc.unary_unary_rpc_method_handler(guard.unary, None, serialize)
+
+
+class _Refusal:
+    """The behaviour of a call that is refused."""
+
+    def __init__(self, error: QwireError) -> None:
+        self._error = error
+
+    async def unary(self, requests: AsyncIterator[bytes], context: Context) -> NoReturn:
+        try:
+            await context.abort(*_ending(self._error, context))
+        finally:
+            del requests, context  # see _Guard.unary
 
 
 class _Guard:
@@ -169,8 +212,16 @@ class _Guard:
     async def unary(self, request: Any, context: Context) -> Any:
         try:
             return await self._behaviour(self._prepare(request), context)
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:
-            await self._end(context, error)
+            ending = self._ending(error, context)
+        try:
+            await context.abort(*ending)
+        finally:
+            # gRPC keeps the exception that it raises with the call, and the exception this frame: they would hold each
+            # other until the garbage collector comes, which takes tens of milliseconds for a second's refusals.
+            del request, context
 
     async def stream(self, request: Any, context: Context) -> None:
         try:
@@ -183,8 +234,16 @@ class _Guard:
                     await self._write_all(context, result)
             else:
                 await self._write_all(context, result)
+            return
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:
-            await self._end(context, error)
+            ending = self._ending(error, context)
+        try:
+            await context.abort(*ending)
+        finally:
+            result = None
+            del request, context
 
     def _prepare(self, request: Any) -> Any:
         return _parse_each(request, self._parse) if self._request_streaming else self._parse(request)
@@ -197,14 +256,15 @@ class _Guard:
                 await write(message)
                 stream.writing = False
 
-    async def _end(self, context: Context, error: Exception) -> None:
-        """Ends the call with a status. Never returns: grpc raises."""
-        if isinstance(error, grpc.aio.AbortError):
-            raise error
+    def _ending(self, error: Exception, context: Context) -> Ending:
         if not isinstance(error, QwireError):
             log.error("%s failed", self._method, exc_info=error)
             error = QwireError(grpc.StatusCode.INTERNAL, "the server failed; its log says more", reason=Reason.INTERNAL)
-        await context.abort(error.code, error.message, error.trailing_metadata(context.time_remaining()))
+        return _ending(error, context)
+
+
+def _ending(error: QwireError, context: Context) -> Ending:
+    return error.code, error.message, error.trailing_metadata(context.time_remaining())
 
 
 def unknown_fields(message: Message, path: str = "", budget: Iterator[int] | None = None) -> Iterator[str]:
