@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 LAST_NEWS_SECONDS = 0.1
 """For those who watch a server's health to read NOT_SERVING before it ends their streams."""
 
-GC_THRESHOLDS = 2_000, 100, 100
+GC_THRESHOLDS = 2_000, 20, 10
 """Of Python's garbage collector: how many more objects were made than freed when it looks at the young ones, which is
 a matter of milliseconds; how many of these looks pass until one at older ones, a matter of tens; and so on."""
 

@@ -33,8 +33,8 @@ struct Pieces {
     int64_t pieces = 0, bytes = 0;
 };
 
-// Says what one of the next calls will read: until the next `expect`, helpers that have nothing to do fetch the beginning
-// of their runs into their caches. A decode step's small operations, which one thread does, then cost less of its time.
+// Says what one of the next calls will read: until the next `expect`, threads that wait fetch the beginning of their runs
+// into their caches. A decode step's small operations, which one thread does, then cost less of its time.
 void expect(const Pieces& pieces);
 
 // Memory of this thread for the length of a task, 64-byte aligned; the next call on the same thread and slot may move it.
