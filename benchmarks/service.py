@@ -76,6 +76,7 @@ def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     """Compares the service with its engine."""
     case = Case(batch, prompt, new)
     flags = ("--kv-cache-mib", "1024", "--speculation", "0", "--max-step-tokens", str(STEP_TOKENS))
+    flags += ("--step-target-ms", "60000")  # prompts first, so that all streams decode at once for long
     with running_stack(model, "model", worker_flags=flags) as stack, ThreadPoolExecutor(1) as thread:
         runner = thread.submit(load, model, case).result()
         vocab = runner.config.vocab_size
