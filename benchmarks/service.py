@@ -75,8 +75,8 @@ def alone(runner: TorchRunner, case: Case) -> float:
 def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     """Compares the service with its engine."""
     case = Case(batch, prompt, new)
-    flags = ("--kv-cache-mib", "1024", "--speculation", "0", "--max-step-tokens", str(STEP_TOKENS))
-    flags += ("--step-target-ms", "60000")  # prompts first, so that all streams decode at once for long
+    prompts_first = "--step-target-ms", "60000"  # so that all streams decode at once for long
+    flags = ("--kv-cache-mib", "1024", "--speculation", "0", "--max-step-tokens", str(STEP_TOKENS), *prompts_first)
     with running_stack(model, "model", worker_flags=flags) as stack, ThreadPoolExecutor(1) as thread:
         runner = thread.submit(load, model, case).result()
         vocab = runner.config.vocab_size
