@@ -1,7 +1,7 @@
 """How often streams are written to while the router has more to do than it can.
 
-A message costs what it costs, whatever it holds: 6,000 a second fill about half of a core, while the ids that they carry
-cost next to nothing. So while the event loop falls behind, a stream waits up to `MOST_SECONDS` between two
+A message costs what it costs, whatever it holds: 6,000 a second fill about half of a core, while the ids that they
+carry cost next to nothing. So while the event loop falls behind, a stream waits up to `MOST_SECONDS` between two
 writes, and what comes meanwhile goes out as one Delta. While it doesn't, every stream is written to at once.
 
 Being behind shows in timers that are late; or in a thread that never rests, where work waits in gRPC and the loop takes
