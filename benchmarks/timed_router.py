@@ -25,10 +25,10 @@ _seconds: list[float] = []
 class TimedRefusal(boundary._Refusal):
     """Notes the time of every call that is refused unread."""
 
-    async def unary(self, requests: Any, context: Any) -> NoReturn:
+    async def answer(self, requests: Any, context: Any) -> NoReturn:
         started = time.perf_counter()
         try:
-            await super().unary(requests, context)
+            await super().answer(requests, context)
         finally:
             _seconds.append(time.perf_counter() - started)
             del requests, context  # as the method that it stands for
@@ -37,10 +37,10 @@ class TimedRefusal(boundary._Refusal):
 class TimedGuard(boundary._Guard):
     """Notes the time of every other call that ends RESOURCE_EXHAUSTED."""
 
-    async def unary(self, request: Any, context: Any) -> Any:
+    async def answer(self, request: Any, context: Any) -> Any:
         started = time.perf_counter()
         try:
-            return await super().unary(request, context)
+            return await super().answer(request, context)
         finally:
             if context.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
                 _seconds.append(time.perf_counter() - started)

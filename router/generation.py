@@ -70,8 +70,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def refuse(self, method: str, metadata: Metadata) -> QwireError | None:
         """What a call is refused with while its request is unread; None where that is left to `_enter`. Under overload
         most calls end here: with more than one model, what waits for which isn't known yet."""
-        model = self._fleet.known_model("")
-        if method not in QUEUED_METHODS or not model:
+        if method not in QUEUED_METHODS or not (model := self._fleet.known_model("")):
             return None
         try:
             return self._admission.refuse(tenant_of(metadata), model)

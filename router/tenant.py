@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import string
-from collections.abc import Iterable
 from functools import lru_cache
 
+from qwire.service.boundary import Metadata
 from router.validation import Violations
 
 TENANT_KEY = "qwire-tenant"
@@ -20,7 +20,7 @@ KEY_BYTES = 16
 _CHARACTERS = frozenset(string.ascii_letters + string.digits + "._-")
 
 
-def tenant_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+def tenant_of(metadata: Metadata) -> str:
     """The tenant that a call's metadata names; empty if none. Raises QwireError INVALID_ARGUMENT for no tenant's name,
     or two."""
     names = [value for key, value in metadata or () if key == TENANT_KEY]

@@ -162,7 +162,7 @@ class Boundary(grpc.GenericRpcHandler):
         """What answers a call; None, for gRPC's UNIMPLEMENTED, where it is of no method."""
         if self._refuse is not None and (error := self._refuse(details.method, details.invocation_metadata)):
             # As one that streams requests, which gRPC calls before it has received any.
-            return grpc.stream_unary_rpc_method_handler(_Refusal(error).unary)
+            return grpc.stream_unary_rpc_method_handler(_Refusal(error).answer)
         handler = self._found.get(details.method)
         if handler is None:
             found = (behind.service(details) for behind in self._behind)
@@ -172,17 +172,17 @@ class Boundary(grpc.GenericRpcHandler):
         return handler
 
     def _guarded(self, method: str, handler: Any) -> Any:
-        guard = _Guard(method, handler, self._writes, self.open_ended)
+        answer = _Guard(method, handler, self._writes, self.open_ended).answer
         serialize = handler.response_serializer
         match handler.request_streaming, handler.response_streaming:
             case True, True:
-                return grpc.stream_stream_rpc_method_handler(guard.stream, None, serialize)
+                return grpc.stream_stream_rpc_method_handler(answer, None, serialize)
             case True, False:
-                return grpc.stream_unary_rpc_method_handler(guard.unary, None, serialize)
+                return grpc.stream_unary_rpc_method_handler(answer, None, serialize)
             case False, True:
-                return grpc.unary_stream_rpc_method_handler(guard.stream, None, serialize)
+                return grpc.unary_stream_rpc_method_handler(answer, None, serialize)
             case _:
-                return grpc.unary_unary_rpc_method_handler(guard.unary, None, serialize)
+                return grpc.unary_unary_rpc_method_handler(answer, None, serialize)
 
 
 class _Refusal:
@@ -191,11 +191,11 @@ class _Refusal:
     def __init__(self, error: QwireError) -> None:
         self._error = error
 
-    async def unary(self, requests: AsyncIterator[bytes], context: Context) -> NoReturn:
+    async def answer(self, requests: AsyncIterator[bytes], context: Context) -> NoReturn:
         try:
             await context.abort(*_ending(self._error, context))
         finally:
-            del requests, context  # see _Guard.unary
+            del requests, context  # see _Guard.answer
 
 
 class _Guard:
@@ -205,13 +205,14 @@ class _Guard:
         self._method = method
         self._behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         self._request_streaming = handler.request_streaming
+        self._call = self._stream if handler.response_streaming else self._once
         self._parse = _parser(handler.request_deserializer)
         self._writes = writes
         self._open_ended = open_ended
 
-    async def unary(self, request: Any, context: Context) -> Any:
+    async def answer(self, request: Any, context: Context) -> Any:
         try:
-            return await self._behaviour(self._prepare(request), context)
+            return await self._call(request, context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -223,27 +224,19 @@ class _Guard:
             # other until the garbage collector comes, which takes tens of milliseconds for a second's refusals.
             del request, context
 
-    async def stream(self, request: Any, context: Context) -> None:
-        try:
-            result = self._behaviour(self._prepare(request), context)
-            if inspect.isawaitable(result):  # a handler that writes by itself: health's Watch
-                async with self._open_ended.call():
-                    await result
-            elif self._request_streaming:
-                async with self._open_ended.call():
-                    await self._write_all(context, result)
-            else:
+    async def _once(self, request: Any, context: Context) -> Any:
+        return await self._behaviour(self._prepare(request), context)
+
+    async def _stream(self, request: Any, context: Context) -> None:
+        result = self._behaviour(self._prepare(request), context)
+        if inspect.isawaitable(result):  # a handler that writes by itself: health's Watch
+            async with self._open_ended.call():
+                await result
+        elif self._request_streaming:
+            async with self._open_ended.call():
                 await self._write_all(context, result)
-            return
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            ending = self._ending(error, context)
-        try:
-            await context.abort(*ending)
-        finally:
-            result = None
-            del request, context
+        else:
+            await self._write_all(context, result)
 
     def _prepare(self, request: Any) -> Any:
         return _parse_each(request, self._parse) if self._request_streaming else self._parse(request)
