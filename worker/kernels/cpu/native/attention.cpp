@@ -119,9 +119,11 @@ class Attention {
         plan();
         with_type(cache_.type, [&](auto type) {
             using T = decltype(type);
-            parallel_for(int64_t(runs_.size()) - 1, [&](int64_t task) {
-                for (int64_t unit = runs_[size_t(task)]; unit < runs_[size_t(task) + 1]; ++unit)
-                    work<T>(unit, runs_[size_t(task) + 1]);
+            const int64_t tasks = int64_t(runs_.size()) - 1, threads = num_threads();
+            parallel_for(tasks, [&](int64_t task) {
+                const int64_t end = runs_[size_t(task) + 1];
+                const int64_t after = runs_[size_t(std::min(task + threads, tasks))];  // of this thread's next task, likely
+                for (int64_t unit = runs_[size_t(task)]; unit < end; ++unit) work<T>(unit, unit + 1 < end ? unit + 1 : after);
             });
         });
     }
@@ -150,8 +152,7 @@ class Attention {
         join();
     }
 
-    // Runs of units (an item and a head) that make a task: within one, each unit's last tile can ask for the next one's
-    // keys.
+    // Runs of units (an item and a head) that make a task.
     void join() {
         int64_t total = 0, sum = 0;
         for (const Item& item : items_) total += cost(item) * cache_.kv_heads;
@@ -235,7 +236,7 @@ class Attention {
     }
 
     template <class T>
-    void work(int64_t unit, int64_t end) const {
+    void work(int64_t unit, int64_t next_unit) const {
         const int64_t head = unit % cache_.kv_heads;
         const Item& item = items_[size_t(unit / cache_.kv_heads)];
         const int64_t rows = item.queries * group_;
@@ -249,7 +250,7 @@ class Attention {
         }
         std::memset(s.mixed, 0, size_t(rows * dim_) * sizeof(float));
         for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
-            find<T>(unit, end, tile, s.lines);
+            find<T>(unit, next_unit, tile, s.lines);
             if constexpr (kScaled<T>) {
                 find_scales(item, head, tile, cache_.key_scales, s.scales);
                 find_scales(item, head, tile, cache_.value_scales, s.scales + kTile);
@@ -325,9 +326,10 @@ class Attention {
         for (int key = all.to; key % kLanes; ++key) scales[key] = 0.0f;
     }
 
-    // See Scratch::lines. Keys are rounded up to whole vectors by the last one; the next tile may be another unit's.
+    // See Scratch::lines. Keys are rounded up to whole vectors by the last one; after a unit's last tile comes the next unit's
+    // first.
     template <class T>
-    void find(int64_t unit, int64_t end, int64_t tile, const void** lines) const {
+    void find(int64_t unit, int64_t next_unit, int64_t tile, const void** lines) const {
         const Item* item = &items_[size_t(unit / cache_.kv_heads)];
         int64_t head = unit % cache_.kv_heads;
         const Span all = span(*item, tile, 0, item->queries);
@@ -336,9 +338,9 @@ class Attention {
         for (int key = all.to; key % kLanes; ++key, ++lines) *lines = lines[-1];
         lines = find_rows<T>(*item, head, tile, cache_.values, first, all.to, lines);
         int ahead = 0;
-        if (tile + 1 == item->last_tile && unit + 1 < end) {
-            item = &items_[size_t((unit + 1) / cache_.kv_heads)];
-            head = (unit + 1) % cache_.kv_heads;
+        if (tile + 1 == item->last_tile && next_unit < runs_.back()) {
+            item = &items_[size_t(next_unit / cache_.kv_heads)];
+            head = next_unit % cache_.kv_heads;
             tile = item->first_tile - 1;
         }
         if (tile + 1 < item->last_tile) {

@@ -6,8 +6,8 @@
 
 namespace qwire {
 
-// Weights are prefetched twice: into the level-2 cache, then into the level-1 cache. Bytes ahead, by measurement.
-constexpr int64_t kFar = 8192, kNear = 768;
+// How many bytes ahead weights are prefetched, by measurement.
+constexpr int64_t kFar = 8192;
 
 // The two vectors of a step that pass `pass` works on, where a register holds fewer than 16 columns.
 struct Pair {

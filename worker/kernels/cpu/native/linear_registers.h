@@ -14,6 +14,8 @@ constexpr int kFloatTile = kRegisters == 32 ? 14 : 6;
 // Up to this many rows, the float sums of integer products do too.
 constexpr int kRegisterTile = kRegisters == 32 ? 6 : 2;
 constexpr int64_t kMostRows = INT64_MAX;  // at a time
+// Weights are prefetched twice: kFar ahead into the level-2 cache, then so many bytes ahead into the level-1 cache.
+constexpr int64_t kNear = 768;
 
 // One panel times one tile of rows.
 struct Product {

@@ -2,10 +2,12 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -84,31 +86,34 @@ double measure_int8(double seconds) {
 }
 
 double measure_read_bandwidth(double seconds) {
-    constexpr int64_t kBytes = int64_t{256} << 20, kSlice = int64_t{1} << 18;
-    constexpr int64_t kFar = 8192, kNear = 768;
-    void* memory = mmap(nullptr, kBytes + kFar, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    constexpr int64_t kBytes = int64_t{256} << 20, kSlice = int64_t{1} << 18, kAhead = 8192;
+    void* memory = mmap(nullptr, kBytes + kAhead, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    madvise(memory, kBytes + kFar, MADV_HUGEPAGE);
+    madvise(memory, kBytes + kAhead, MADV_HUGEPAGE);
     const char* data = static_cast<const char*>(memory);
-    std::memset(memory, 1, kBytes + kFar);  // else every page is the same page of zeros
-    double bytes = 0;
-    const auto start = Clock::now();
-    do {
+    std::memset(memory, 1, kBytes + kAhead);  // else every page is the same page of zeros
+    const auto read = [&](auto prefetches) {
+        const auto start = Clock::now();
         parallel_for(kBytes / kSlice, [&](int64_t slice) {
             const char* from = data + slice * kSlice;
             Ints sum = {};
             for (int64_t i = 0; i < kSlice; i += 64) {
-                __builtin_prefetch(from + i + kFar, 0, 2);
-                __builtin_prefetch(from + i + kNear, 0, 3);
+                if constexpr (prefetches) __builtin_prefetch(from + i + kAhead, 0, 0);
                 for (int j = 0; j < 64; j += 4 * kWidth) sum += load<Ints>(from + i + j);
             }
             blur(sum);
         });
+        return seconds_since(start);
+    };
+    double asked = 0, unasked = 0, bytes = 0;
+    const auto start = Clock::now();
+    do {
+        asked += read(std::true_type());
+        unasked += read(std::false_type());
         bytes += kBytes;
     } while (seconds_since(start) < seconds);
-    const double rate = bytes / seconds_since(start);
-    munmap(memory, kBytes + kFar);
-    return rate;
+    munmap(memory, kBytes + kAhead);
+    return bytes / std::min(asked, unasked);
 }
 
 }  // namespace qwire
