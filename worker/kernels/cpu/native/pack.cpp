@@ -94,6 +94,14 @@ QWIRE_INLINE void store_block(char* const (&steps)[kBlock], Words&& words) {
     for (int i = 0; i < kBlock; ++i) store(steps[i], load<u32x16>(steps[i]) | block[i]);
 }
 
+// Makes the system give memory to what is still the page of zeros that all share, which it would do at the first write: but
+// where a read came before, it first tells all threads that the page is gone, and takes 17 µs.
+void touch(char* from, int64_t bytes) {
+    constexpr int64_t kPage = 4096;
+    for (int64_t at = 0; at < bytes; at += kPage) __atomic_fetch_or(from + at, 0, __ATOMIC_RELAXED);
+    __atomic_fetch_or(from + bytes - 1, 0, __ATOMIC_RELAXED);
+}
+
 // Calls f(panel's address, Rows) for each panel that rows [first, first + count) fall in, on all threads.
 template <class F>
 void over_panels(Format format, void* packed, int64_t in, int64_t first, int64_t count, const void* data,
@@ -104,7 +112,9 @@ void over_panels(Format format, void* packed, int64_t in, int64_t first, int64_t
         const int64_t end = std::min(first + count, start + kPanel);
         const Rows rows{static_cast<const char*>(data) + (begin - first) * row_bytes, row_bytes, int(begin - start),
                         int(end - start)};
-        f(static_cast<char*>(packed) + (from + task) * bytes, rows, begin - first);
+        char* panel = static_cast<char*>(packed) + (from + task) * bytes;
+        touch(panel, bytes);
+        f(panel, rows, begin - first);
     });
 }
 
