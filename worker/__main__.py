@@ -24,7 +24,7 @@ from worker.engine.scheduler import SchedulerLimits
 from worker.face import WorkerFace
 from worker.identity import describe, read_digests
 from worker.kernels import pin_threads, usable_cpus
-from worker.loading import connect, load, threads_of
+from worker.loading import connect, gather_pages_later, load, threads_of
 from worker.model import ModelConfig, ModelError, check_shares, check_stages, resolve_quantization, weights_state
 from worker.parallel import LOST, Group, GroupError, Place, run_ranks
 from worker.runner.parallel import ParallelRunner, follow
@@ -94,6 +94,7 @@ def rank_main(config: WorkerConfig, place: Place) -> int:
             run(lambda: serve(config, place, group, remembered))
         runner = load(config, group)
         connect(config, group, place, runner)
+        gather_pages_later(runner)
         follow(runner, group)
     except ModelError as error:
         log.error("can't serve %s: %s", config.model, error)
@@ -161,6 +162,7 @@ async def serve(config: WorkerConfig, place: Place, group: Group, remembered: Re
         # engine's is the next to call a kernel.
         pin_threads(runner.kernels, usable_cpus())
     engine.start()
+    gather_pages_later(runner)
     await server.set_serving(True)
     watching = asyncio.create_task(face.watch_steps())
     stopping = asyncio.create_task(until_signal())

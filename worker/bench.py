@@ -200,6 +200,7 @@ def engine_command(
     if threads == len(cpus):
         pin_threads(chosen.kernels, cpus)
     load_s = time.perf_counter() - started
+    runner.gather_pages()  # as a worker does once it is up
     limits = measure(isa=isa)
     results = [bench(runner, case, limits, max_step_tokens) for case in parsed]
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

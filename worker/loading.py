@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
 
 import torch
@@ -18,6 +21,7 @@ from worker.runner.runner import TorchRunner, kv_bytes_per_position, resolve_dty
 log = logging.getLogger(__name__)
 
 CPU_CACHE_MIB = 1024
+GATHER_AFTER_SECONDS = 10.0
 
 
 def load(config: WorkerConfig, group: Group) -> TorchRunner:
@@ -39,6 +43,19 @@ def load(config: WorkerConfig, group: Group) -> TorchRunner:
         threads_of(config, group),
     )
     return runner
+
+
+def gather_pages_later(runner: TorchRunner) -> None:
+    """Moves weights into large pages in the background, once the first requests have had the start to themselves."""
+
+    def gather() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread
+        runner.gather_pages()
+
+    timer = threading.Timer(GATHER_AFTER_SECONDS, gather)
+    timer.daemon = True
+    timer.start()
 
 
 def connect(config: WorkerConfig, group: Group, place: Place, runner: TorchRunner) -> None:

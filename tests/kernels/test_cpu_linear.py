@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -207,6 +208,21 @@ def test_wrong_shapes_are_refused(kernels: ModuleType) -> None:
         linear.pack(kernels, torch.zeros(4, 4), torch.zeros(5))
     with pytest.raises(ValueError, match="rows and columns"):
         linear.pack(kernels, torch.zeros(0, 4))
+
+
+def _bytes_in_large_pages() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_pages_are_gathered_under_a_weight(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    packed, _ = made(kernels, format, 8192, 1024)
+    x = torch.randn(1, 1024)
+    before, large = linear.linear(kernels, x, packed), _bytes_in_large_pages()
+    if linear.gather_pages(kernels, packed):
+        assert _bytes_in_large_pages() > large
+    assert linear.linear(kernels, x, packed).equal(before)
 
 
 def test_machine_limits(kernels: ModuleType) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeGuard
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.plan import Drawn, StepPlan
-from worker.kernels import AttentionPlan, Kernels, KVCache, choose_kernels
+from worker.kernels import AttentionPlan, Kernels, KVCache, PreparedLinear, choose_kernels
 from worker.kernels.cpu import CpuKernels
 from worker.model import (
     ModelConfig,
@@ -182,11 +182,20 @@ class TorchRunner:
         windows = [window for window in self._windows if window is not None]
         return max(windows) if len(windows) == len(self._windows) else None
 
+    def gather_pages(self) -> None:
+        """Moves a CPU's weights into large pages, where the system has them: small ones cost 1 to 3% of a decode
+        step. Takes seconds, beside steps if need be; another thread may call it."""
+        if isinstance(self.kernels, CpuKernels):
+            all(map(self.kernels.gather_pages, self._matrices()))
+
+    def _matrices(self) -> Collection[PreparedLinear]:
+        """What is multiplied by, each once."""
+        return {id(m.prepared): m.prepared for _, m in self._model.named_modules() if _multiplies(m)}.values()
+
     @property
     def weight_bytes(self) -> int:
         """What a step reads of this rank's weights, each once: all but a table that is only looked up."""
-        matrices = {id(m.prepared): m.prepared for _, m in self._model.named_modules() if _multiplies(m)}
-        return sum(self.kernels.nbytes(prepared) for prepared in matrices.values())
+        return sum(map(self.kernels.nbytes, self._matrices()))
 
     @property
     def kv_bytes_per_position(self) -> int:

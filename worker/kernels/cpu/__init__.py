@@ -63,6 +63,10 @@ class CpuKernels:
         size: int = prepared.nbytes
         return size
 
+    def gather_pages(self, prepared: PreparedLinear) -> bool:
+        """See `linear.gather_pages`."""
+        return linear.gather_pages(self.native, prepared)
+
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.linear(self.native, x, prepared, out)
 

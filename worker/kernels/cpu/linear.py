@@ -120,6 +120,13 @@ def pack(module: ModuleType, weight: Tensor | QuantizedWeight, bias: Tensor | No
     return packer.finish(bias)
 
 
+def gather_pages(module: ModuleType, packed: PackedLinear) -> bool:
+    """Has the system move the weight into large pages, some milliseconds for each 2 MiB; products may run meanwhile.
+    Returns whether it can: Linux from 6.1 on, if large pages are not off."""
+    done: bool = module.gather_pages(packed.address, packed.data.nbytes)
+    return done
+
+
 def linear(module: ModuleType, x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor:
     """float32 [T, K] to float32 [T, N]: x @ weight.T + bias. A row's bits depend on that row alone.
 

@@ -191,6 +191,8 @@ void def_linear(py::module_& module) {
                              at<uint8_t>(zero));
         },
         Unlocked());
+    module.def("gather_pages", [](Address from, int64_t bytes) { return qwire::gather_pages(at(from), bytes); },
+               Unlocked());
     module.def(
         "linear",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,

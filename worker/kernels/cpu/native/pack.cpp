@@ -1,7 +1,12 @@
 // Weights into panels. Every format's panel is rows of 32-bit words, one or two rows of 16 words a step along K; a word
 // holds what some rows of W have at that step. So packing is the same for all: 16 words of each column are gathered
 // along K, then 16 columns of them transposed.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 #include "linear.h"
@@ -211,6 +216,19 @@ void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uin
                 return uint16_t(scale[(row + i) * groups + g] | zero[(row + i) * groups + g]);
             });
     });
+}
+
+bool gather_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1
+    constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+    const auto begin = reinterpret_cast<uintptr_t>(from), end = begin + uintptr_t(bytes);
+    for (uintptr_t at = (begin + kLarge - 1) / kLarge * kLarge; at + kLarge <= end; at += kLarge)
+        if (madvise(reinterpret_cast<void*>(at), kLarge, kCollapse) && errno == EINVAL) return false;
+    return true;
+#else
+    return false;
+#endif
 }
 
 }  // namespace qwire
