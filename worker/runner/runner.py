@@ -186,7 +186,9 @@ class TorchRunner:
         """Moves a CPU's weights into large pages, where the system has them: small ones cost 1 to 3% of a decode
         step. Takes seconds, beside steps if need be; another thread may call it."""
         if isinstance(self.kernels, CpuKernels):
-            all(map(self.kernels.gather_pages, self._matrices()))
+            for matrix in self._matrices():
+                if not self.kernels.gather_pages(matrix):
+                    return  # nor the others
 
     def _matrices(self) -> Collection[PreparedLinear]:
         """What is multiplied by, each once."""
