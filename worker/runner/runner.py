@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeGuard
@@ -15,6 +14,7 @@ from torch import Tensor
 from worker.engine.plan import Drawn, StepPlan
 from worker.kernels import AttentionPlan, Kernels, KVCache, PreparedLinear, choose_kernels
 from worker.kernels.cpu import CpuKernels
+from worker.kernels.cpu.memory import zeros
 from worker.model import (
     ModelConfig,
     ModelError,
@@ -72,8 +72,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     head's blocks lie apart, and a large page for each would take the whole pool at the first step."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def _multiplies(module: Module) -> TypeGuard[Matrix]:

@@ -6,7 +6,6 @@ that packed it.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, TypeAlias
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels import quantized
+from worker.kernels.cpu.memory import zeros
 from worker.kernels.quantized import QuantizedWeight
 
 Format: TypeAlias = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -53,7 +53,7 @@ class Packer:
         if out_features < 1 or in_features < 1:
             raise ValueError(f"a weight needs rows and columns, got [{out_features}, {in_features}]")
         self._module, self._out, self._in, self._format = module, out_features, in_features, format
-        self._data = _zeros(module.packed_bytes(_CODES[format], out_features, in_features))
+        self._data = zeros(module.packed_bytes(_CODES[format], out_features, in_features))
 
     def put(self, first_row: int, rows: Tensor | QuantizedWeight) -> None:
         """Packs [n, K] as rows from `first_row` on; floats are converted or quantized to the packer's format."""
@@ -228,10 +228,3 @@ def _aligned(nbytes: int) -> Tensor:
     room = torch.empty(nbytes + 63, dtype=torch.uint8)
     skip = -room.data_ptr() % 64
     return room[skip : skip + nbytes]
-
-
-def _zeros(nbytes: int) -> Tensor:
-    """Of a mapping that is this process's own: the pages of a shared one, which lie in memory as they come, were read 2
-    to 4% more slowly."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.uint8)
