@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qwire.stack import Commands
-from tests.faults.faulty_worker import BRAKE
 from tests.faults.load import Options, References
 from tests.faults.processes import wait_for_workers
+from tests.helpers.faulty_worker import BRAKE
 from tests.helpers.stacks import RunningStack, running_stack, write_tiny_model
 
 FLAGS = ("--kv-cache-mib", "64", "--threads", "1", "--max-running", "6", "--grace", "1")
@@ -31,6 +31,14 @@ def brake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("brake") / "on"
 
 
+@pytest.fixture
+def braked(brake: Path) -> Iterator[None]:
+    """Streams of `pair` outlast the test."""
+    brake.touch()
+    yield
+    brake.unlink()
+
+
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path, brake: Path) -> Iterator[RunningStack]:
     """Two workers behind a router."""
@@ -42,7 +50,7 @@ def pair(tiny_model: Path, brake: Path) -> Iterator[RunningStack]:
             workers=2,
             worker_flags=FLAGS,
             router_flags=("--worker-wait", "60"),
-            commands=Commands(worker=(sys.executable, "-m", "tests.faults.faulty_worker")),
+            commands=Commands(worker=(sys.executable, "-m", "tests.helpers.faulty_worker")),
         ) as stack:
             wait_for_workers(stack)
             yield stack

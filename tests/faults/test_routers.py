@@ -40,6 +40,7 @@ def test_a_router_that_is_killed(pair: RunningStack, references: References, mix
         check_nothing_left(pair)
 
 
+@pytest.mark.usefixtures("braked")
 def test_workers_free_what_a_killed_router_left_behind(pair: RunningStack) -> None:
     with another_router(pair) as router, Client(router.address) as client:
         streams = [client.generate(**{**GREEDY, "token_ids": [n], "max_tokens": 3000}) for n in range(4)]
@@ -193,6 +194,7 @@ def test_what_has_ended_needs_no_worker(pair: RunningStack, wire: Wire) -> None:
     assert steps == [worker.info.worker_id for worker in workers(pair)]
 
 
+@pytest.mark.usefixtures("braked")
 def test_a_resume_supersedes_a_stream_that_lives_on(pair: RunningStack, wire: Wire, client: Client) -> None:
     request = pb.GenerateRequest(request_id="once", stop=pb.StopOptions(max_tokens=3000, ignore_eos=True))
     request.token_ids.ids.extend([1, 2, 3])

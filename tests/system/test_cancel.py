@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
 from qwire import Client, QwireError
-from tests.helpers.stacks import RunningStack, eventually
+from qwire.stack import Commands
+from tests.helpers.faulty_worker import BRAKE
+from tests.helpers.stacks import RunningStack, eventually, running_stack
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    """With a worker that is slow on purpose, so that no stream is over before it is cancelled."""
+    brake = tmp_path_factory.mktemp("brake") / "on"
+    brake.touch()
+    worker = (sys.executable, "-m", "tests.helpers.faulty_worker")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BRAKE, str(brake))
+        with running_stack(
+            tiny_model, "tiny", worker_flags=("--kv-cache-mib", "64"), commands=Commands(worker=worker)
+        ) as stack:
+            yield stack
 
 
 def test_a_client_that_cancels_mid_stream(tiny: RunningStack, client: Client) -> None:

@@ -1,5 +1,5 @@
 """A worker whose steps raise where a prompt says so, and take their time while a brake is on:
-`python -m tests.faults.faulty_worker serve ...`."""
+`python -m tests.helpers.faulty_worker serve ...`."""
 
 from __future__ import annotations
 
