@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 OUTBOX_FRAMES = 4096
 """Frames that may wait for the worker before submits are refused."""
+SUBMITS_BYTES = 64 * 1024
+"""Of a frame in which several submits go that waited together: most of what one costs isn't what it holds."""
 SILENCE_LOOK_SECONDS = 0.25
 SILENT_LOOKS = 8
 """A worker of which nothing was heard over so many looks is lost: its heartbeats are half a second apart. Looks are
@@ -44,6 +46,32 @@ LOST_RETRY_SECONDS = 1.0
 
 class _KeptOut(Exception):
     """The worker is not to be used; says why."""
+
+
+class _Submits:
+    """Submits that wait for the worker, to be written in one frame."""
+
+    __slots__ = ("_bytes", "_submits", "_written")
+
+    def __init__(self, first: pb.Submit) -> None:
+        self._submits = [first]
+        self._bytes = first.ByteSize()
+        self._written = False
+
+    def take(self, submit: pb.Submit) -> bool:
+        """Takes in one more, unless it is full or written."""
+        self._bytes += submit.ByteSize()
+        if self._written or self._bytes > SUBMITS_BYTES:
+            return False
+        self._submits.append(submit)
+        return True
+
+    def write(self) -> pb.ServeRequest:
+        """The frame."""
+        self._written = True
+        frame = pb.ServeRequest()
+        frame.submits.submits.extend(self._submits)
+        return frame
 
 
 class WorkerLink:
@@ -84,7 +112,9 @@ class WorkerLink:
         self._uncomputed: dict[int, int] = {}
         """Prompt tokens of those attempts that haven't got their first token."""
         # Not bounded by itself, so that an abort is never lost: there is one at most for each submit, and those are.
-        self._outbox: asyncio.Queue[pb.ServeRequest | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[_Submits | pb.Abort | None] = asyncio.Queue()
+        self._last: _Submits | None = None
+        """What the outbox ends with, where that is submits."""
 
     @property
     def streams(self) -> int:
@@ -162,13 +192,15 @@ class WorkerLink:
         self._uncomputed[attempt] = uncached_tokens
         journal.submitted(self.info.worker_id)
         journal.drop_choice = lambda choice: self._drop_choice(attempt, choice)
-        self._outbox.put_nowait(pb.ServeRequest(submit=submit))
+        if self._last is None or not self._last.take(submit):
+            self._last = _Submits(submit)
+            self._outbox.put_nowait(self._last)
         return attempt
 
     def release(self, attempt: int, *, finished: bool) -> None:
         """Forgets an attempt, and stops it at the worker unless it is finished there."""
         if self._forget(attempt) is not None and not finished:
-            self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(attempts=[attempt])))
+            self._abort(pb.Abort(attempts=[attempt]))
 
     def _forget(self, attempt: int) -> Journal | None:
         """Drops an attempt and what it counts. Everything that ends one comes through here, or through `_lose`."""
@@ -179,10 +211,15 @@ class WorkerLink:
     def _drop_choice(self, attempt: int, choice: int) -> None:
         if attempt in self._journals:
             dropped = pb.AbortedChoice(attempt=attempt, choice=choice)
-            self._outbox.put_nowait(pb.ServeRequest(abort=pb.Abort(choices=[dropped])))
+            self._abort(pb.Abort(choices=[dropped]))
+
+    def _abort(self, abort: pb.Abort) -> None:
+        self._last = None  # what is submitted from now on comes behind it
+        self._outbox.put_nowait(abort)
 
     async def _serve(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         outbox = self._outbox = asyncio.Queue()
+        self._last = None
         call = stub.Serve(self._frames(outbox))
         self._silent_looks = 0
         try:
@@ -211,10 +248,10 @@ class WorkerLink:
                 scope.reschedule(asyncio.get_running_loop().time())
                 return
 
-    async def _frames(self, outbox: asyncio.Queue[pb.ServeRequest | None]) -> AsyncIterator[pb.ServeRequest]:
+    async def _frames(self, outbox: asyncio.Queue[_Submits | pb.Abort | None]) -> AsyncIterator[pb.ServeRequest]:
         yield pb.ServeRequest(hello=pb.Hello(router_id=self._router_id))
-        while (frame := await outbox.get()) is not None:  # None ends grpc's task that would wait here for ever
-            yield frame
+        while (item := await outbox.get()) is not None:  # None ends grpc's task that would wait here for ever
+            yield pb.ServeRequest(abort=item) if isinstance(item, pb.Abort) else item.write()
 
     def _take(self, frame: pb.ServeResponse) -> None:
         match frame.WhichOneof("frame"):
@@ -232,8 +269,9 @@ class WorkerLink:
                 log.info("linked to worker %s at %s: %s", self.info.worker_id, self.target, self.info.model.name)
                 self._set_ready(True)
             case "admitted":
-                if (journal := self._journals.get(frame.admitted.attempt)) and not journal.admitted.done():
-                    journal.admitted.set_result(None)
+                for attempt in frame.admitted.attempts:
+                    if (journal := self._journals.get(attempt)) and not journal.admitted.done():
+                        journal.admitted.set_result(None)
             case "refused":
                 if frame.refused.reason == pb.REFUSED_REASON_DRAINING:
                     self._set_ready(False)

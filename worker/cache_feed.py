@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
 
 from qwire.errors import QwireError, Reason
-from qwire.prefix import HASH_BYTES
 from qwire.v1 import worker_pb2 as pb
 from worker.engine.block_pool import CacheChanges
 
@@ -18,17 +18,46 @@ MESSAGE_HASHES = 65_000
 """Hashes of one message: a little under 1 MiB."""
 BACKLOG_HASHES = 65_536
 """Changes that wait for one watcher at most. The snapshot isn't counted: it has one hash a KV block at most."""
+GATHER_SECONDS = 0.05
+"""Between two messages to one watcher. What a message costs, on both sides, doesn't depend on how many changes it has,
+and what it says is a hint."""
 
 
 @dataclass(slots=True, eq=False)
 class _Watcher:
-    messages: deque[pb.WatchCacheResponse] = field(default_factory=deque)
-    changes: int = 0
-    """Hashes in those of `messages` that are no snapshot."""
+    snapshot: deque[pb.WatchCacheResponse] = field(default_factory=deque)
+    """What of it is still to be told."""
     begun: bool = False
-    """Whether the snapshot is among what was told."""
+    """Whether there was one: changes before it are part of it."""
+    stored: dict[bytes, None] = field(default_factory=dict)
+    removed: dict[bytes, None] = field(default_factory=dict)
+    """What has changed beyond what was told, and beyond the snapshot. No hash is in both."""
     error: QwireError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def behind(self) -> int:
+        """How many changes are still to be told."""
+        return len(self.stored) + len(self.removed)
+
+    def take(self, changes: CacheChanges) -> None:
+        for hashes, into, out_of in (
+            (changes.removed, self.removed, self.stored),
+            (changes.stored, self.stored, self.removed),
+        ):
+            for name in hashes:
+                out_of.pop(name, None)
+                into[name] = None
+
+    def message(self) -> pb.WatchCacheResponse | None:
+        """The next one, if there is anything to tell. Removals first: nobody is to hold more than the cache does."""
+        if self.snapshot:
+            return self.snapshot.popleft()
+        if not self.behind:
+            return None
+        removed = _first(self.removed, MESSAGE_HASHES)
+        stored = _first(self.stored, MESSAGE_HASHES - len(removed))
+        return pb.WatchCacheResponse(removed=b"".join(removed), stored=b"".join(stored))
 
 
 class CacheFeed:
@@ -48,13 +77,11 @@ class CacheFeed:
             if watcher.error is not None:
                 continue
             if watcher.begun:
-                watcher.changes += len(changes.stored) + len(changes.removed)
-                watcher.messages += _change_messages(changes)
+                watcher.take(changes)
             elif snapshot is not None:
                 watcher.begun = True
-                watcher.messages += _snapshot_messages(snapshot)
-            if watcher.changes > BACKLOG_HASHES:
-                watcher.messages.clear()
+                watcher.snapshot += _snapshot_messages(snapshot)
+            if watcher.behind > BACKLOG_HASHES:
                 watcher.error = QwireError(
                     grpc.StatusCode.DATA_LOSS,
                     f"over {BACKLOG_HASHES} changes of the cache were not read: watch anew",
@@ -75,11 +102,10 @@ class CacheFeed:
         try:
             self._watch(True)
             while watcher.error is None:
-                if watcher.messages:
-                    message = watcher.messages.popleft()
-                    if not message.snapshot:
-                        watcher.changes -= (len(message.stored) + len(message.removed)) // HASH_BYTES
+                if (message := watcher.message()) is not None:
                     yield message
+                    if not watcher.snapshot:
+                        await asyncio.sleep(GATHER_SECONDS)
                 else:
                     watcher.changed.clear()
                     await watcher.changed.wait()
@@ -90,18 +116,17 @@ class CacheFeed:
                 self._watch(False)
 
 
-def _change_messages(changes: CacheChanges) -> Iterator[pb.WatchCacheResponse]:
-    for part in _parts(changes.removed):
-        yield pb.WatchCacheResponse(removed=part)
-    for part in _parts(changes.stored):
-        yield pb.WatchCacheResponse(stored=part)
-
-
 def _snapshot_messages(hashes: list[bytes]) -> list[pb.WatchCacheResponse]:
-    messages = [pb.WatchCacheResponse(stored=part, snapshot=True) for part in _parts(hashes) or [b""]]
+    starts = range(0, len(hashes), MESSAGE_HASHES) or [0]
+    parts = (b"".join(hashes[start : start + MESSAGE_HASHES]) for start in starts)
+    messages = [pb.WatchCacheResponse(stored=part, snapshot=True) for part in parts]
     messages[-1].snapshot_end = True
     return messages
 
 
-def _parts(hashes: list[bytes]) -> list[bytes]:
-    return [b"".join(hashes[start : start + MESSAGE_HASHES]) for start in range(0, len(hashes), MESSAGE_HASHES)]
+def _first(hashes: dict[bytes, None], count: int) -> list[bytes]:
+    """Takes out the first `count` of them."""
+    taken = list(itertools.islice(hashes, count))
+    for name in taken:
+        del hashes[name]
+    return taken

@@ -163,8 +163,9 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
     def _take(self, link: Link, request: pb.ServeRequest) -> None:
         match request.WhichOneof("frame"):
-            case "submit":
-                self._submit(link, request.submit)
+            case "submits":
+                for submit in request.submits.submits:
+                    self._submit(link, submit)
             case "abort":
                 aborted = [attempt for attempt in request.abort.attempts if attempt in link.live]
                 for attempt in aborted:
@@ -225,7 +226,7 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
             full = isinstance(error, QueueFull)
             _refuse(link, attempt, pb.REFUSED_REASON_QUEUE_FULL if full else pb.REFUSED_REASON_TOO_LARGE)
         else:
-            link.send(pb.ServeResponse(admitted=pb.Admitted(attempt=attempt)))
+            link.admitted(attempt)
 
     async def _constrain(self, link: Link, submit: pb.Submit, request: Request, grammars: Grammars) -> None:
         """Compiles a submit's constraint and then admits it, unless it was aborted meanwhile."""

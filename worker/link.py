@@ -43,6 +43,14 @@ class Link:
                 )
             )
 
+    def admitted(self, attempt: int) -> None:
+        """Tells the router, in one frame with those before that wait to be told."""
+        last = self._outbox[-1] if self._outbox else None
+        if last is not None and last.HasField("admitted"):
+            last.admitted.attempts.append(attempt)
+        else:
+            self.send(pb.ServeResponse(admitted=pb.Admitted(attempts=[attempt])))
+
     def ended(self, attempt: int, choice: int) -> bool:
         """Notes the end of a choice; whether it was still going on."""
         choices = self.live.get(attempt, set())

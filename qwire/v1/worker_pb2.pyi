@@ -149,26 +149,26 @@ class ServeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
-    SUBMIT_FIELD_NUMBER: _builtins.int
+    SUBMITS_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
-    def submit(self) -> Global___Submit: ...
+    def submits(self) -> Global___Submits: ...
     @_builtins.property
     def abort(self) -> Global___Abort: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
-        submit: Global___Submit | None = ...,
+        submits: Global___Submits | None = ...,
         abort: Global___Abort | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submits", b"submits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submits", b"submits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "submit", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "submits", "abort"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -330,6 +330,28 @@ class WorkerInfo(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class Submits(_message.Message):
+    """Requests that are placed here, in the order of their placing: what a frame costs doesn't depend on how many it holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBMITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def submits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Submit]: ...
+    def __init__(
+        self,
+        *,
+        submits: _abc.Iterable[Global___Submit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["submits", b"submits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Submits: _TypeAlias = Submits  # noqa: Y015
 
 @_typing.final
 class Submit(_message.Message):
@@ -601,20 +623,21 @@ Global___AbortedChoice: _TypeAlias = AbortedChoice  # noqa: Y015
 
 @_typing.final
 class Admitted(_message.Message):
-    """The attempt is in the worker's queue."""
+    """The attempts are in the worker's queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ATTEMPT_FIELD_NUMBER: _builtins.int
-    attempt: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
-        attempt: _builtins.int = ...,
+        attempts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1034,7 +1057,7 @@ class WatchCacheResponse(_message.Message):
     stored: _builtins.bytes
     """Hashes of blocks that can be hit now, 16 bytes each, end to end."""
     removed: _builtins.bytes
-    """Hashes of blocks that can't any more, 16 bytes each, end to end."""
+    """Hashes of blocks that can't any more, 16 bytes each, end to end. None is in both."""
     snapshot: _builtins.bool
     """Whether this belongs to the snapshot with which the stream begins."""
     snapshot_end: _builtins.bool

@@ -70,7 +70,8 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchCache(self, request, context):
-        """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+        """Which blocks the prefix cache holds: a snapshot, then what has changed, at most every 50 ms, for as long as the
+        caller likes.
         Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -42,7 +42,8 @@ class WorkerServiceStub:
     GetWorkerInfo: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerInfoRequest, _worker_pb2.GetWorkerInfoResponse]
     """What the worker is, before a link is opened."""
     WatchCache: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.WatchCacheResponse]
-    """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+    """Which blocks the prefix cache holds: a snapshot, then what has changed, at most every 50 ms, for as long as the
+    caller likes.
     Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
     """
 
@@ -56,7 +57,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetWorkerInfo: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerInfoRequest, _worker_pb2.GetWorkerInfoResponse]  # type: ignore[assignment]
     """What the worker is, before a link is opened."""
     WatchCache: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.WatchCacheResponse]  # type: ignore[assignment]
-    """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+    """Which blocks the prefix cache holds: a snapshot, then what has changed, at most every 50 ms, for as long as the
+    caller likes.
     Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
     """
 
@@ -85,7 +87,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.WatchCacheRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WatchCacheResponse], _abc.AsyncIterator[_worker_pb2.WatchCacheResponse]]:
-        """Which blocks the prefix cache holds: a snapshot, then what changes, step by step, for as long as the caller likes.
+        """Which blocks the prefix cache holds: a snapshot, then what has changed, at most every 50 ms, for as long as the
+        caller likes.
         Messages are at most 1 MiB. A caller that doesn't keep up gets DATA_LOSS and may begin anew.
         """
 

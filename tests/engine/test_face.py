@@ -83,7 +83,7 @@ async def submit(
     frame = pb.Submit(
         attempt=attempt, prompt_ids=prompt, choices=[pb.SubmitChoice()], params=resolved, prefix_root=root
     )
-    await link.write(pb.ServeRequest(submit=frame))
+    await link.write(pb.ServeRequest(submits=pb.Submits(submits=[frame])))
 
 
 async def until(link: LinkCall, frame: str) -> pb.ServeResponse:
@@ -116,6 +116,19 @@ async def test_what_no_router_should_send_is_refused(
     link = await dial()
     await submit(link, 1, prompt, **params)
     assert (await until(link, "refused")).refused.reason == pb.REFUSED_REASON_INVALID
+
+
+async def test_requests_of_one_frame_are_admitted_in_one(dial: Callable[[], Awaitable[LinkCall]]) -> None:
+    link = await dial()
+    params = pb.ResolvedParams(top_p=1.0, repetition_penalty=1.0, max_tokens=3)
+    root = b"0123456789abcdef"
+    frames = [
+        pb.Submit(attempt=attempt, prompt_ids=ids, choices=[pb.SubmitChoice()], params=params, prefix_root=root)
+        for attempt, ids in ((1, [1]), (2, [1]), (3, []))
+    ]
+    await link.write(pb.ServeRequest(submits=pb.Submits(submits=frames)))
+    assert list((await until(link, "admitted")).admitted.attempts) == [1, 2]
+    assert (await until(link, "refused")).refused.attempt == 3
 
 
 async def test_what_is_over_the_context_is_refused(dial: Callable[[], Awaitable[LinkCall]]) -> None:
@@ -163,10 +176,10 @@ async def test_choices_that_have_ended_are_not_taken(dial: Callable[[], Awaitabl
     root = b"0123456789abcdef"
     ended, going = pb.SubmitChoice(generated_ids=[1] * 9, ended=True), pb.SubmitChoice(generated_ids=[4, 5])
     frame = pb.Submit(attempt=1, prompt_ids=[1], choices=[ended, ended], params=params, prefix_root=root)
-    await link.write(pb.ServeRequest(submit=frame))
+    await link.write(pb.ServeRequest(submits=pb.Submits(submits=[frame])))
     assert (await until(link, "refused")).refused.reason == pb.REFUSED_REASON_INVALID
     frame = pb.Submit(attempt=2, prompt_ids=[1], choices=[ended, going], params=params, prefix_root=root)
-    await link.write(pb.ServeRequest(submit=frame))
+    await link.write(pb.ServeRequest(submits=pb.Submits(submits=[frame])))
     (sequence,) = (await until(link, "step")).step.sequences
     assert (sequence.choice, sequence.token_index, sequence.HasField("start")) == (1, 2, True)
 

@@ -71,9 +71,10 @@ class Stream:
             while True:
                 for link in self.links:
                     while not link._outbox.empty():
-                        frame = link._outbox.get_nowait()
-                        if frame is not None and frame.HasField("submit"):
-                            return link, frame.submit
+                        item = link._outbox.get_nowait()
+                        if item is not None and not isinstance(item, pb.Abort):
+                            (submit,) = item.write().submits.submits
+                            return link, submit
                 await asyncio.sleep(0)
 
     async def error(self) -> QwireError:
@@ -83,7 +84,7 @@ class Stream:
 
 
 def admit(link: WorkerLink, submit: pb.Submit) -> None:
-    link._take(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
+    link._take(pb.ServeResponse(admitted=pb.Admitted(attempts=[submit.attempt])))
 
 
 def refuse(link: WorkerLink, submit: pb.Submit, reason: pb.RefusedReason.ValueType) -> None:
@@ -275,8 +276,8 @@ async def test_release_stops_what_runs_and_only_once() -> None:
     stream.task.cancel()
     for _ in range(2):
         stream.dispatch.release()
-    frame = link._outbox.get_nowait()
-    assert frame is not None and list(frame.abort.attempts) == [submit.attempt]
+    abort = link._outbox.get_nowait()
+    assert isinstance(abort, pb.Abort) and list(abort.attempts) == [submit.attempt]
     assert link._outbox.empty()
     assert link.streams == 0
 

@@ -63,6 +63,7 @@ async def test_an_index_follows_a_feed(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_feed, "MESSAGE_HASHES", message_hashes)
+        patch.setattr(cache_feed, "GATHER_SECONDS", 0)
         feed, index, held = CacheFeed(lambda watched: None), CacheIndex(), set(snapshot)
         reader = asyncio.create_task(read(feed, index))
         await asyncio.sleep(0)
@@ -84,6 +85,7 @@ async def test_an_index_follows_a_feed(
 
 async def test_a_watcher_that_falls_behind_is_ended_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_feed, "BACKLOG_HASHES", 10)
+    monkeypatch.setattr(cache_feed, "GATHER_SECONDS", 0)
     asked: list[bool] = []
     feed, index = CacheFeed(asked.append), CacheIndex()
     reader = asyncio.create_task(read(feed, index))
@@ -94,7 +96,7 @@ async def test_a_watcher_that_falls_behind_is_ended_and_others_are_not(monkeypat
     assert (await begun).snapshot_end
     for number in range(6):
         feed.take(None, CacheChanges([name(2 * number)], [name(2 * number + 1)]))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
     with pytest.raises(QwireError) as caught:
         await anext(slow)
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.DATA_LOSS, Reason.SLOW_READER)
@@ -104,6 +106,28 @@ async def test_a_watcher_that_falls_behind_is_ended_and_others_are_not(monkeypat
     reader.cancel()
     await asyncio.wait([reader])
     assert asked == [True, True, False]  # nobody watches any more: the engine keeps no record
+
+
+async def test_changes_are_told_at_once_and_then_together() -> None:
+    feed, heard = CacheFeed(lambda watched: None), []
+
+    async def listen() -> None:
+        async for message in feed.messages():
+            heard.append((message.stored, message.removed))
+
+    reader = asyncio.create_task(listen())
+    await asyncio.sleep(0)
+    feed.take([], CacheChanges([], []))
+    await asyncio.sleep(2 * cache_feed.GATHER_SECONDS)
+    feed.take(None, CacheChanges([name(1)], []))
+    await asyncio.sleep(0)
+    assert heard == [(b"", b""), (name(1), b"")]
+    for number in range(2, 6):  # each is stored, and lost again in the next step
+        feed.take(None, CacheChanges([name(number)], [name(number - 1)]))
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(4 * cache_feed.GATHER_SECONDS)
+    assert heard[2:] == [(name(5), b"".join(map(name, (1, 2, 3, 4))))]
+    reader.cancel()
 
 
 @pytest.fixture
