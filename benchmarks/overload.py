@@ -3,9 +3,9 @@
 
 A fake worker serves about 130 requests a second. First callers ask as many as are served, which gives the peak; then
 they ask ten times as many, but no more than `--calls` a second, at random, whatever the answers are. Shown: goodput as
-a part of the peak, the time of a refusal at the caller and from the start of the router's handler, and the routers'
-memory. One router has a core for itself; the fake worker shares the callers', so that the times at the caller are an
-upper bound.
+a part of the peak, the time of a refusal at the caller and from the start of the router's handler, how much of a core
+the machine's host took meanwhile, and the routers' memory. One router has a core for itself; the fake worker shares the
+callers', so that the times at the caller are an upper bound.
 """
 
 from __future__ import annotations
@@ -95,6 +95,11 @@ class Callers:
         self._links[number % len(self._links)].call(request(number % REQUESTS), ended)
 
 
+def stolen_seconds() -> float:
+    """For how long the machine under this one has run others on its cores, since the start, in seconds of a core."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+
+
 def at(values: list[float], part: float) -> float:
     """A percentile, in milliseconds."""
     ordered = sorted(values)
@@ -179,10 +184,10 @@ async def measure(arguments: argparse.Namespace, routers: Routers) -> None:
         links.append(link)
     callers = Callers(links)
     best = await peak(callers, arguments.peak_seconds)
-    cpu, own = routers.cpu_seconds, time.process_time()
+    cpu, own, taken = routers.cpu_seconds, time.process_time(), stolen_seconds()
     calls = min(arguments.calls, TIMES_THE_PEAK * best)
     seen, rate, memory = await overload(callers, arguments.seconds, calls, routers)
-    cpu, own = routers.cpu_seconds - cpu, time.process_time() - own
+    cpu, own, taken = routers.cpu_seconds - cpu, time.process_time() - own, stolen_seconds() - taken
     started = time.monotonic()
     last = Seen()
     callers.ask(last)
@@ -197,6 +202,7 @@ async def measure(arguments: argparse.Namespace, routers: Routers) -> None:
     share = cpu / arguments.seconds
     print(f"routers      {100 * share:.0f}% of a core in all, {1e6 * share / asked:.0f} µs a call")
     print(f"callers      {100 * own / arguments.seconds:.0f}% of a core")
+    print(f"the host     took {100 * taken / arguments.seconds:.1f}% of a core for others: calls wait while it does")
     print(f"memory       {', '.join(f'{megabytes:.0f}' for megabytes in memory)} MB over the time")
     least, most = (tokens * STEP_MS / 1000 for tokens in TOKENS)
     print(f"afterwards   a request takes {after:.2f} s, of which its steps take {least:.1f} to {most:.1f} s")
