@@ -149,7 +149,7 @@ async def test_after_a_fault_nothing_is_admitted_and_no_drain_waits(
     assert (await until(link, "refused")).refused.reason == pb.REFUSED_REASON_DRAINING
     started = time.monotonic()
     await face.drain(20)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 async def test_a_step_that_is_stuck_ends_the_worker_as_one_that_raises(

@@ -113,7 +113,7 @@ def test_a_router_that_drains_is_left_before_it_ends(fleet: Fleet, tmp_path: Pat
         next(stream)
         started = time.monotonic()
         router.process.send_signal(signal.SIGTERM)
-        assert eventually(lambda: status(router.address, "") == "NOT_SERVING", 3)
+        assert eventually(lambda: status(router.address, "") == "NOT_SERVING", 10)
         # Who doesn't watch its health is still served, and what runs runs on.
         late = plain.generate(token_ids=[2], max_tokens=3, ignore_eos=True, text=False)
         assert len(late.read().token_ids) == 3

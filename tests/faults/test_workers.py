@@ -46,7 +46,7 @@ def test_stopped_mid_stream_is_noticed_and_what_it_says_later_is_dropped(
         victim = busiest(pair)
         with stopped(engine_pid(pair, victim)):
             since = time.monotonic()
-            assert eventually(lambda: not workers(pair)[victim].ready, 3)
+            assert eventually(lambda: not workers(pair)[victim].ready, 10)
             noticed = time.monotonic() - since
             running.go_on()
             running.wait_until(lambda: all(record.gap(since) > 0 or record.statuses for record in running.records))
@@ -85,7 +85,7 @@ def test_told_to_end(pair: RunningStack, references: References, mixed: list[Opt
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             os.kill(pair.pids[f"worker-{victim}"], signal.SIGTERM)
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert eventually(lambda: not workers(pair)[victim].ready, 3)
+        assert eventually(lambda: not workers(pair)[victim].ready, 10)
         late = Load(pair.address, [{"token_ids": [3, 3], "temperature": 0, "max_tokens": 5, "ignore_eos": True}])
         late.start()
         (record,) = late.finish()

@@ -152,7 +152,7 @@ def test_a_request_that_is_cancelled_in_the_queue_leaves_it_at_once(fleet: Fleet
     with busy(client):
         (waiting,) = queue(fleet, client, 1)
         waiting.cancel()
-        assert eventually(lambda: fleet.state().requests_queued == 0, 1)
+        assert eventually(lambda: fleet.state().requests_queued == 0, 10)
         with pytest.raises(QwireError) as caught:
             waiting.start()
         assert caught.value.code is grpc.StatusCode.CANCELLED

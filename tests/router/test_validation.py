@@ -229,9 +229,9 @@ def test_more_tool_calls_than_a_message_may_have() -> None:
 
 def test_a_million_wrong_things_are_answered_at_once_and_the_answer_fits_trailers() -> None:
     bad = request(chat=tok.Chat(messages=[tok.Message(tool_calls=[tok.ToolCall()] * 1000)] * 1000))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(QwireError) as caught:
         check(bad, CONFIG)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert caught.value.violations[0].field == "chat.messages[0].role"
     assert len(caught.value.message) + len(caught.value.status_bytes()) < 6000

@@ -36,10 +36,10 @@ def test_a_client_that_cancels_mid_stream(tiny: RunningStack, client: Client) ->
     for number, _ in enumerate(generation):
         if number == 5:
             break
-    assert eventually(lambda: tiny.state().blocks_in_use > before, 2)
+    assert eventually(lambda: tiny.state().blocks_in_use > before, 10)
     generation.cancel()
-    assert eventually(lambda: tiny.state().blocks_in_use == before, 1)
-    assert eventually(lambda: tiny.state().active_streams == 0, 1)
+    assert eventually(lambda: tiny.state().blocks_in_use == before, 10)
+    assert eventually(lambda: tiny.state().active_streams == 0, 10)
 
 
 def test_a_client_that_cancels_during_prefill_and_in_the_queue(tiny: RunningStack, client: Client) -> None:
@@ -51,8 +51,8 @@ def test_a_client_that_cancels_during_prefill_and_in_the_queue(tiny: RunningStac
         generation.start()
     for generation in generations:
         generation.cancel()
-    assert eventually(lambda: tiny.state().blocks_in_use == before, 2)
-    assert eventually(lambda: tiny.state().requests_waiting == 0, 1)
+    assert eventually(lambda: tiny.state().blocks_in_use == before, 10)
+    assert eventually(lambda: tiny.state().requests_waiting == 0, 10)
 
 
 def test_a_client_that_goes_away(tiny: RunningStack) -> None:
@@ -62,8 +62,8 @@ def test_a_client_that_goes_away(tiny: RunningStack) -> None:
         for stream in streams:
             next(stream)
         assert tiny.state().active_streams == 16
-    assert eventually(lambda: tiny.state().active_streams == 0, 2)
-    assert eventually(lambda: tiny.state().blocks_in_use == before, 1)
+    assert eventually(lambda: tiny.state().active_streams == 0, 10)
+    assert eventually(lambda: tiny.state().blocks_in_use == before, 10)
 
 
 def test_a_deadline_in_decode(tiny: RunningStack, client: Client) -> None:
@@ -72,4 +72,4 @@ def test_a_deadline_in_decode(tiny: RunningStack, client: Client) -> None:
         client.generate(token_ids=[1] * 10, max_tokens=3900, ignore_eos=True, timeout=0.5).read()
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert time.monotonic() - started < 5
-    assert eventually(lambda: tiny.state().blocks_in_use == 0, 1)
+    assert eventually(lambda: tiny.state().blocks_in_use == 0, 10)

@@ -126,7 +126,7 @@ def test_no_worker_idles_while_another_queues(tiny_model: Path) -> None:
         assert sorted(worker.streams for worker in workers(stack)) == [4, 4]
         for stream in streams:
             stream.cancel()
-        assert eventually(lambda: stack.state().active_streams == 0, 2)
+        assert eventually(lambda: stack.state().active_streams == 0, 10)
 
 
 def test_a_worker_that_is_gone_gets_nothing_until_it_is_back(tiny_model: Path) -> None:
