@@ -50,10 +50,6 @@ void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int
 void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uint8_t* q, const uint16_t* scale,
                const uint8_t* zero);
 
-// Has the system move the whole large pages (2 MiB) of [from, from + bytes) into such; what is there stays, and may be read
-// meanwhile. Returns whether the system can. It takes some milliseconds a page.
-bool gather_pages(void* from, int64_t bytes);
-
 // `x` and `y` have `x_stride` and `y_stride` floats from row to row. `bias` may be null.
 void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
             int64_t x_stride, float* y, int64_t y_stride);

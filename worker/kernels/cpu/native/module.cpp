@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "machine_limits.h"
+#include "pages.h"
 #include "pool.h"
 #include "rows.h"
 #include "select.h"

@@ -1,15 +1,11 @@
 // Weights into panels. Every format's panel is rows of 32-bit words, one or two rows of 16 words a step along K; a word
 // holds what some rows of W have at that step. So packing is the same for all: 16 words of each column are gathered
 // along K, then 16 columns of them transposed.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
 #include "linear.h"
+#include "pages.h"
 #include "pool.h"
 
 namespace qwire {
@@ -97,14 +93,6 @@ QWIRE_INLINE void store_block(char* const (&steps)[kBlock], Words&& words) {
     for (int column = 0; column < 16; ++column) block[column] = words(column);
     transpose(block);
     for (int i = 0; i < kBlock; ++i) store(steps[i], load<u32x16>(steps[i]) | block[i]);
-}
-
-// Makes the system give memory to what is still the page of zeros that all share, which it would do at the first write: but
-// where a read came before, it first tells all threads that the page is gone, and takes 17 µs.
-void touch(char* from, int64_t bytes) {
-    constexpr int64_t kPage = 4096;
-    for (int64_t at = 0; at < bytes; at += kPage) __atomic_fetch_or(from + at, 0, __ATOMIC_RELAXED);
-    __atomic_fetch_or(from + bytes - 1, 0, __ATOMIC_RELAXED);
 }
 
 // Calls f(panel's address, Rows) for each panel that rows [first, first + count) fall in, on all threads.
@@ -216,19 +204,6 @@ void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uin
                 return uint16_t(scale[(row + i) * groups + g] | zero[(row + i) * groups + g]);
             });
     });
-}
-
-bool gather_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-    constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1
-    constexpr uintptr_t kLarge = uintptr_t{2} << 20;
-    const auto begin = reinterpret_cast<uintptr_t>(from), end = begin + uintptr_t(bytes);
-    for (uintptr_t at = (begin + kLarge - 1) / kLarge * kLarge; at + kLarge <= end; at += kLarge)
-        if (madvise(reinterpret_cast<void*>(at), kLarge, kCollapse) && errno == EINVAL) return false;
-    return true;
-#else
-    return false;
-#endif
 }
 
 }  // namespace qwire

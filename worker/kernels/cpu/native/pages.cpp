@@ -1,0 +1,30 @@
+#include "pages.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+
+#include <cerrno>
+#endif
+
+namespace qwire {
+
+void touch(char* from, int64_t bytes) {
+    constexpr int64_t kPage = 4096;
+    for (int64_t at = 0; at < bytes; at += kPage) __atomic_fetch_or(from + at, 0, __ATOMIC_RELAXED);
+    __atomic_fetch_or(from + bytes - 1, 0, __ATOMIC_RELAXED);
+}
+
+bool gather_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1
+    constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+    const auto begin = reinterpret_cast<uintptr_t>(from), end = begin + uintptr_t(bytes);
+    for (uintptr_t at = (begin + kLarge - 1) / kLarge * kLarge; at + kLarge <= end; at += kLarge)
+        if (madvise(reinterpret_cast<void*>(at), kLarge, kCollapse) && errno == EINVAL) return false;
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace qwire

@@ -1,0 +1,16 @@
+// The pages of memory that weights lie in.
+#pragma once
+
+#include <cstdint>
+
+namespace qwire {
+
+// Makes the system give memory to what is still the page of zeros that all share, which it would do at the first write: but
+// where a read came before, it first tells all threads that the page is gone, and takes 17 µs.
+void touch(char* from, int64_t bytes);
+
+// Has the system move the whole large pages (2 MiB) of [from, from + bytes) into such; what is there stays, and may be read
+// meanwhile. Returns whether the system can. It takes some milliseconds a page.
+bool gather_pages(void* from, int64_t bytes);
+
+}  // namespace qwire
