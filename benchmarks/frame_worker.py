@@ -65,9 +65,9 @@ class FrameWorker(worker_pb2_grpc.WorkerServiceServicer):
         frames: asyncio.Queue[pb.ServeResponse],
     ) -> None:
         async for request in requests:
-            if attempts := [submit.attempt for submit in request.submits.submits]:
-                running.update(dict.fromkeys(attempts, 0))
-                await frames.put(pb.ServeResponse(admitted=pb.Admitted(attempts=attempts)))
+            if request.HasField("submit"):
+                running[request.submit.attempt] = 0
+                await frames.put(pb.ServeResponse(admitted=pb.Admitted(attempt=request.submit.attempt)))
             for attempt in request.abort.attempts:
                 running.pop(attempt, None)
 

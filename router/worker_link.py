@@ -69,6 +69,8 @@ class _Submits:
     def write(self) -> pb.ServeRequest:
         """The frame."""
         self._written = True
+        if len(self._submits) == 1:
+            return pb.ServeRequest(submit=self._submits[0])
         frame = pb.ServeRequest()
         frame.submits.submits.extend(self._submits)
         return frame
@@ -192,7 +194,8 @@ class WorkerLink:
         self._uncomputed[attempt] = uncached_tokens
         journal.submitted(self.info.worker_id)
         journal.drop_choice = lambda choice: self._drop_choice(attempt, choice)
-        if self._last is None or not self._last.take(submit):
+        together = pb.FEATURE_SUBMITS in self.info.features
+        if not together or self._last is None or not self._last.take(submit):
             self._last = _Submits(submit)
             self._outbox.put_nowait(self._last)
         return attempt
@@ -269,7 +272,7 @@ class WorkerLink:
                 log.info("linked to worker %s at %s: %s", self.info.worker_id, self.target, self.info.model.name)
                 self._set_ready(True)
             case "admitted":
-                for attempt in frame.admitted.attempts:
+                for attempt in (frame.admitted.attempt, *frame.admitted.more):
                     if (journal := self._journals.get(attempt)) and not journal.admitted.done():
                         journal.admitted.set_result(None)
             case "refused":

@@ -163,7 +163,10 @@ class WorkerFace(worker_pb2_grpc.WorkerServiceServicer):
 
     def _take(self, link: Link, request: pb.ServeRequest) -> None:
         match request.WhichOneof("frame"):
+            case "submit":
+                self._submit(link, request.submit)
             case "submits":
+                link.many = True
                 for submit in request.submits.submits:
                     self._submit(link, submit)
             case "abort":

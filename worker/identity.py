@@ -80,6 +80,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
         pb.FEATURE_PENALTIES,
         pb.FEATURE_LOGPROBS,
         pb.FEATURE_CHOICES,
+        pb.FEATURE_SUBMITS,
     ]
     if runner.scores_prompts:
         features.append(pb.FEATURE_PROMPT_LOGPROBS)

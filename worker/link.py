@@ -25,6 +25,8 @@ class Link:
     live: dict[int, set[int]] = field(default_factory=dict)
     """Attempts that the engine has, each with its choices that are not ended."""
     submits_seen: int = 0
+    many: bool = False
+    """Whether the router has sent several in a frame, and so reads frames that admit several."""
     _outbox: deque[pb.ServeResponse] = field(default_factory=deque)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: bool = False
@@ -46,10 +48,10 @@ class Link:
     def admitted(self, attempt: int) -> None:
         """Tells the router, in one frame with those before that wait to be told."""
         last = self._outbox[-1] if self._outbox else None
-        if last is not None and last.HasField("admitted"):
-            last.admitted.attempts.append(attempt)
+        if self.many and last is not None and last.HasField("admitted"):
+            last.admitted.more.append(attempt)
         else:
-            self.send(pb.ServeResponse(admitted=pb.Admitted(attempts=[attempt])))
+            self.send(pb.ServeResponse(admitted=pb.Admitted(attempt=attempt)))
 
     def ended(self, attempt: int, choice: int) -> bool:
         """Notes the end of a choice; whether it was still going on."""

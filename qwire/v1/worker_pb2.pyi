@@ -41,6 +41,8 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     FEATURE_CHOICES: _Feature.ValueType  # 4
     FEATURE_CONSTRAINTS: _Feature.ValueType  # 5
     FEATURE_PROMPT_LOGPROBS: _Feature.ValueType  # 6
+    FEATURE_SUBMITS: _Feature.ValueType  # 7
+    """Reads Submits: a matter of the link, and no request's."""
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """A thing that a request may need of a worker. A request is placed only where the worker has all it needs."""
@@ -53,6 +55,8 @@ FEATURE_LOGPROBS: Feature.ValueType  # 3
 FEATURE_CHOICES: Feature.ValueType  # 4
 FEATURE_CONSTRAINTS: Feature.ValueType  # 5
 FEATURE_PROMPT_LOGPROBS: Feature.ValueType  # 6
+FEATURE_SUBMITS: Feature.ValueType  # 7
+"""Reads Submits: a matter of the link, and no request's."""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 class _RefusedReason:
@@ -149,26 +153,32 @@ class ServeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
-    SUBMITS_FIELD_NUMBER: _builtins.int
+    SUBMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    SUBMITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
-    def submits(self) -> Global___Submits: ...
+    def submit(self) -> Global___Submit: ...
     @_builtins.property
     def abort(self) -> Global___Abort: ...
+    @_builtins.property
+    def submits(self) -> Global___Submits:
+        """To workers with FEATURE_SUBMITS alone."""
+
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
-        submits: Global___Submits | None = ...,
+        submit: Global___Submit | None = ...,
         abort: Global___Abort | None = ...,
+        submits: Global___Submits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submits", b"submits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submit", b"submit", "submits", b"submits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submits", b"submits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "frame", b"frame", "hello", b"hello", "submit", b"submit", "submits", b"submits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "submits", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "submit", "abort", "submits"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -333,7 +343,7 @@ Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
 
 @_typing.final
 class Submits(_message.Message):
-    """Requests that are placed here, in the order of their placing: what a frame costs doesn't depend on how many it holds."""
+    """Several at once, in their order: what a frame costs doesn't depend on how many it holds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -623,21 +633,26 @@ Global___AbortedChoice: _TypeAlias = AbortedChoice  # noqa: Y015
 
 @_typing.final
 class Admitted(_message.Message):
-    """The attempts are in the worker's queue."""
+    """The attempt is in the worker's queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
     @_builtins.property
-    def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def more(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """And so are these, where the router has sent Submits."""
+
     def __init__(
         self,
         *,
-        attempts: _abc.Iterable[_builtins.int] | None = ...,
+        attempt: _builtins.int = ...,
+        more: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "more", b"more"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

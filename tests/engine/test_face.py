@@ -83,7 +83,7 @@ async def submit(
     frame = pb.Submit(
         attempt=attempt, prompt_ids=prompt, choices=[pb.SubmitChoice()], params=resolved, prefix_root=root
     )
-    await link.write(pb.ServeRequest(submits=pb.Submits(submits=[frame])))
+    await link.write(pb.ServeRequest(submit=frame))
 
 
 async def until(link: LinkCall, frame: str) -> pb.ServeResponse:
@@ -127,7 +127,8 @@ async def test_requests_of_one_frame_are_admitted_in_one(dial: Callable[[], Awai
         for attempt, ids in ((1, [1]), (2, [1]), (3, []))
     ]
     await link.write(pb.ServeRequest(submits=pb.Submits(submits=frames)))
-    assert list((await until(link, "admitted")).admitted.attempts) == [1, 2]
+    admitted = (await until(link, "admitted")).admitted
+    assert (admitted.attempt, list(admitted.more)) == (1, [2])
     assert (await until(link, "refused")).refused.attempt == 3
 
 
@@ -176,10 +177,10 @@ async def test_choices_that_have_ended_are_not_taken(dial: Callable[[], Awaitabl
     root = b"0123456789abcdef"
     ended, going = pb.SubmitChoice(generated_ids=[1] * 9, ended=True), pb.SubmitChoice(generated_ids=[4, 5])
     frame = pb.Submit(attempt=1, prompt_ids=[1], choices=[ended, ended], params=params, prefix_root=root)
-    await link.write(pb.ServeRequest(submits=pb.Submits(submits=[frame])))
+    await link.write(pb.ServeRequest(submit=frame))
     assert (await until(link, "refused")).refused.reason == pb.REFUSED_REASON_INVALID
     frame = pb.Submit(attempt=2, prompt_ids=[1], choices=[ended, going], params=params, prefix_root=root)
-    await link.write(pb.ServeRequest(submits=pb.Submits(submits=[frame])))
+    await link.write(pb.ServeRequest(submit=frame))
     (sequence,) = (await until(link, "step")).step.sequences
     assert (sequence.choice, sequence.token_index, sequence.HasField("start")) == (1, 2, True)
 

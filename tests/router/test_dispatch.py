@@ -73,8 +73,7 @@ class Stream:
                     while not link._outbox.empty():
                         item = link._outbox.get_nowait()
                         if item is not None and not isinstance(item, pb.Abort):
-                            (submit,) = item.write().submits.submits
-                            return link, submit
+                            return link, item.write().submit
                 await asyncio.sleep(0)
 
     async def error(self) -> QwireError:
@@ -84,7 +83,7 @@ class Stream:
 
 
 def admit(link: WorkerLink, submit: pb.Submit) -> None:
-    link._take(pb.ServeResponse(admitted=pb.Admitted(attempts=[submit.attempt])))
+    link._take(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
 
 
 def refuse(link: WorkerLink, submit: pb.Submit, reason: pb.RefusedReason.ValueType) -> None:

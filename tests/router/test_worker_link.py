@@ -106,13 +106,15 @@ async def test_a_submit_that_finds_the_outbox_full_holds_nothing_and_aborts_stil
     link.release(attempt, finished=False)
     assert link.streams == 0
     frames = [(await asyncio.wait_for(worker.heard.get(), 5)).WhichOneof("frame") for _ in range(2)]
-    assert frames == ["submits", "abort"]
+    assert frames == ["submit", "abort"]
 
 
 async def test_submits_that_wait_together_are_one_frame_and_none_passes_an_abort(
     link: WorkerLink, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_link, "SUBMITS_BYTES", 100)
+    assert link.info is not None
+    link.info.features.append(pb.FEATURE_SUBMITS)
     long = [pb.Submit(prompt_ids=[1] * ids) for ids in (30, 30, 60, 500, 10)]
     first = [link.submit(journal(), submit) for submit in long]
     link.release(first[0], finished=False)
@@ -120,11 +122,23 @@ async def test_submits_that_wait_together_are_one_frame_and_none_passes_an_abort
     heard: list[object] = []
     for _ in range(6):
         frame = await asyncio.wait_for(worker.heard.get(), 5)
-        if frame.HasField("abort"):
-            heard.append("abort")
-        else:
-            heard.append([submit.attempt for submit in frame.submits.submits])
-    assert heard == [first[:2], first[2:3], first[3:4], first[4:], "abort", last]
+        match frame.WhichOneof("frame"):
+            case "submit":
+                heard.append(frame.submit.attempt)
+            case "submits":
+                heard.append([submit.attempt for submit in frame.submits.submits])
+            case "abort":
+                heard.append("abort")
+    assert heard == [first[:2], *first[2:], "abort", last]
+    worker.say.put_nowait(pb.ServeResponse(admitted=pb.Admitted(attempt=last[0], more=last[1:])))
+    for attempt in last:
+        await asyncio.wait_for(link._journals[attempt].admitted, 5)
+
+
+async def test_a_worker_that_reads_no_submits_gets_one_a_frame(link: WorkerLink, worker: ScriptedWorker) -> None:
+    attempts = [link.submit(journal(), pb.Submit()) for _ in range(3)]
+    heard = [await asyncio.wait_for(worker.heard.get(), 5) for _ in attempts]
+    assert [frame.submit.attempt for frame in heard] == attempts
 
 
 async def test_a_worker_that_drains_is_not_picked_again_and_finishes_what_it_has(
@@ -140,8 +154,8 @@ async def test_a_worker_that_drains_is_not_picked_again_and_finishes_what_it_has
     worker.say.put_nowait(step(first, 0))
     assert await asyncio.wait_for(running.next_messages(), 5)
     link.release(first, finished=False)
-    frames = [(await asyncio.wait_for(worker.heard.get(), 5)).WhichOneof("frame") for _ in range(2)]
-    assert frames == ["submits", "abort"]
+    frames = [(await asyncio.wait_for(worker.heard.get(), 5)).WhichOneof("frame") for _ in range(3)]
+    assert frames == ["submit", "submit", "abort"]
 
 
 async def test_a_worker_that_says_so_before_it_drains_is_not_picked_again(
