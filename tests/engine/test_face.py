@@ -75,15 +75,16 @@ async def dial(face: WorkerFace) -> AsyncIterator[Callable[[], Awaitable[LinkCal
     await server.stop(0)
 
 
+def submit_of(attempt: int, prompt: list[int], *, root: bytes = b"0123456789abcdef", **params: float) -> pb.Submit:
+    values = {"top_p": 1.0, "repetition_penalty": 1.0, "max_tokens": 3, **params}
+    resolved = pb.ResolvedParams(**values)  # type: ignore[arg-type]
+    return pb.Submit(attempt=attempt, prompt_ids=prompt, choices=[pb.SubmitChoice()], params=resolved, prefix_root=root)
+
+
 async def submit(
     link: LinkCall, attempt: int, prompt: list[int], *, root: bytes = b"0123456789abcdef", **params: float
 ) -> None:
-    values = {"top_p": 1.0, "repetition_penalty": 1.0, "max_tokens": 3, **params}
-    resolved = pb.ResolvedParams(**values)  # type: ignore[arg-type]
-    frame = pb.Submit(
-        attempt=attempt, prompt_ids=prompt, choices=[pb.SubmitChoice()], params=resolved, prefix_root=root
-    )
-    await link.write(pb.ServeRequest(submit=frame))
+    await link.write(pb.ServeRequest(submit=submit_of(attempt, prompt, root=root, **params)))
 
 
 async def until(link: LinkCall, frame: str) -> pb.ServeResponse:
@@ -120,12 +121,7 @@ async def test_what_no_router_should_send_is_refused(
 
 async def test_requests_of_one_frame_are_admitted_in_one(dial: Callable[[], Awaitable[LinkCall]]) -> None:
     link = await dial()
-    params = pb.ResolvedParams(top_p=1.0, repetition_penalty=1.0, max_tokens=3)
-    root = b"0123456789abcdef"
-    frames = [
-        pb.Submit(attempt=attempt, prompt_ids=ids, choices=[pb.SubmitChoice()], params=params, prefix_root=root)
-        for attempt, ids in ((1, [1]), (2, [1]), (3, []))
-    ]
+    frames = [submit_of(attempt, ids) for attempt, ids in ((1, [1]), (2, [1]), (3, []))]
     await link.write(pb.ServeRequest(submits=pb.Submits(submits=frames)))
     admitted = (await until(link, "admitted")).admitted
     assert (admitted.attempt, list(admitted.more)) == (1, [2])

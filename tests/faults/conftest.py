@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from qwire.stack import Commands
 from tests.faults.load import Options, References
 from tests.faults.processes import wait_for_workers
 from tests.helpers.faulty_worker import BRAKE
-from tests.helpers.stacks import RunningStack, running_stack, write_tiny_model
+from tests.helpers.stacks import FAULTY_WORKER, RunningStack, running_stack, write_tiny_model
 
 FLAGS = ("--kv-cache-mib", "64", "--threads", "1", "--max-running", "6", "--grace", "1")
 SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1000}, "minItems": 40, "maxItems": 45}
@@ -50,7 +48,7 @@ def pair(tiny_model: Path, brake: Path) -> Iterator[RunningStack]:
             workers=2,
             worker_flags=FLAGS,
             router_flags=("--worker-wait", "60"),
-            commands=Commands(worker=(sys.executable, "-m", "tests.helpers.faulty_worker")),
+            commands=FAULTY_WORKER,
         ) as stack:
             wait_for_workers(stack)
             yield stack

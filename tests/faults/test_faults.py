@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import grpc
 import pytest
 
 from qwire import Reason
-from qwire.stack import Commands
 from tests.faults.conftest import FLAGS
 from tests.faults.load import Load, Options, References, check, check_nothing_left, load
 from tests.faults.processes import wait_for_workers, workers
 from tests.helpers.faulty_worker import MARK, ONCE, POISON
-from tests.helpers.stacks import RunningStack, eventually, running_stack
+from tests.helpers.stacks import FAULTY_WORKER, RunningStack, eventually, running_stack
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             workers=2,
             worker_flags=FLAGS,
             router_flags=("--worker-wait", "60"),
-            commands=Commands(worker=(sys.executable, "-m", "tests.helpers.faulty_worker")),
+            commands=FAULTY_WORKER,
         ) as stack:
             wait_for_workers(stack)
             yield stack

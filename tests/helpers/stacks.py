@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ from pathlib import Path
 import grpc
 
 from qwire import Client
-from qwire.stack import Stack, StackConfig
+from qwire.stack import Commands, Stack, StackConfig
 from qwire.v1 import admin_pb2, admin_pb2_grpc
 from tests.helpers.models import write_random_qwen3
 from tests.helpers.tokenizers import added_token, tiny_tokenizer_json, write_tokenizer
 
+FAULTY_WORKER = Commands(worker=(sys.executable, "-m", "tests.helpers.faulty_worker"))
+"""Of a stack whose workers can be slowed down, and crash where a prompt says so."""
 TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,8 @@ import grpc
 import pytest
 
 from qwire import Client, QwireError
-from qwire.stack import Commands
 from tests.helpers.faulty_worker import BRAKE
-from tests.helpers.stacks import RunningStack, eventually, running_stack
+from tests.helpers.stacks import FAULTY_WORKER, RunningStack, eventually, running_stack
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +19,9 @@ def tiny(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """With a worker that is slow on purpose, so that no stream is over before it is cancelled."""
     brake = tmp_path_factory.mktemp("brake") / "on"
     brake.touch()
-    worker = (sys.executable, "-m", "tests.helpers.faulty_worker")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BRAKE, str(brake))
-        with running_stack(
-            tiny_model, "tiny", worker_flags=("--kv-cache-mib", "64"), commands=Commands(worker=worker)
-        ) as stack:
+        with running_stack(tiny_model, "tiny", worker_flags=("--kv-cache-mib", "64"), commands=FAULTY_WORKER) as stack:
             yield stack
 
 
