@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -75,7 +76,8 @@ async def test_an_index_follows_a_feed(
             held = (held | set(stored)) - set(removed)
             if pause:
                 await asyncio.sleep(0)
-        await asyncio.sleep(0.001)
+        for _ in range(2 * (len(snapshot) + sum(map(len, steps)) + 2)):  # the loop's turns, were each hash a message
+            await asyncio.sleep(0)
         assert index.complete
         assert holds(index, held)
         feed.end(GONE)
@@ -96,7 +98,8 @@ async def test_a_watcher_that_falls_behind_is_ended_and_others_are_not(monkeypat
     assert (await begun).snapshot_end
     for number in range(6):
         feed.take(None, CacheChanges([name(2 * number)], [name(2 * number + 1)]))
-        await asyncio.sleep(0.001)
+        for _ in range(4):  # the loop's turns that one message takes
+            await asyncio.sleep(0)
     with pytest.raises(QwireError) as caught:
         await anext(slow)
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.DATA_LOSS, Reason.SLOW_READER)
@@ -108,24 +111,38 @@ async def test_a_watcher_that_falls_behind_is_ended_and_others_are_not(monkeypat
     assert asked == [True, True, False]  # nobody watches any more: the engine keeps no record
 
 
-async def test_changes_are_told_at_once_and_then_together() -> None:
-    feed, heard = CacheFeed(lambda watched: None), []
+async def test_changes_are_told_at_once_and_then_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, heard, pauses = CacheFeed(lambda watched: None), [], asyncio.Queue[float]()
+
+    async def pause(seconds: float) -> None:
+        pauses.put_nowait(seconds)
+        await pauses.join()
 
     async def listen() -> None:
         async for message in feed.messages():
             heard.append((message.stored, message.removed))
 
+    async def pass_by() -> None:
+        """Ends the pause that follows a message, and lets what comes then happen."""
+        assert pauses.get_nowait() == cache_feed.GATHER_SECONDS
+        pauses.task_done()
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(cache_feed, "asyncio", SimpleNamespace(Event=asyncio.Event, sleep=pause))
     reader = asyncio.create_task(listen())
     await asyncio.sleep(0)
     feed.take([], CacheChanges([], []))
-    await asyncio.sleep(2 * cache_feed.GATHER_SECONDS)
+    await asyncio.sleep(0)
+    await pass_by()
     feed.take(None, CacheChanges([name(1)], []))
     await asyncio.sleep(0)
     assert heard == [(b"", b""), (name(1), b"")]
     for number in range(2, 6):  # each is stored, and lost again in the next step
         feed.take(None, CacheChanges([name(number)], [name(number - 1)]))
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(4 * cache_feed.GATHER_SECONDS)
+        await asyncio.sleep(0)
+    assert len(heard) == 2
+    await pass_by()
     assert heard[2:] == [(name(5), b"".join(map(name, (1, 2, 3, 4))))]
     reader.cancel()
 
