@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
-from qwire.service import boundary
+from qwire.errors import QwireError
+from qwire.service import accepts, boundary
 from router.__main__ import main
 
 TIMES = "QWIRE_REFUSAL_TIMES"
@@ -22,16 +23,12 @@ TIMES = "QWIRE_REFUSAL_TIMES"
 _seconds: list[float] = []
 
 
-class TimedRefusal(boundary._Refusal):
+async def timed_refusal(context: Any, error: QwireError) -> None:
     """Notes the time of every call that is refused unread."""
-
-    async def answer(self, requests: Any, context: Any) -> NoReturn:
-        started = time.perf_counter()
-        try:
-            await super().answer(requests, context)
-        finally:
-            _seconds.append(time.perf_counter() - started)
-            del requests, context  # as the method that it stands for
+    started = time.perf_counter()
+    await refuse(context, error)
+    _seconds.append(time.perf_counter() - started)
+    del context  # as the function that it stands for
 
 
 class TimedGuard(boundary._Guard):
@@ -51,7 +48,8 @@ def save() -> None:
     Path(f"{os.environ[TIMES]}.{os.getpid()}").write_text(json.dumps(_seconds))
 
 
-boundary._Guard, boundary._Refusal = TimedGuard, TimedRefusal  # type: ignore[misc]
+boundary._Guard = TimedGuard  # type: ignore[misc]
+refuse, accepts._refuse = accepts._refuse, timed_refusal
 
 if __name__ == "__main__":
     atexit.register(save)

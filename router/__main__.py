@@ -10,6 +10,7 @@ from functools import partial
 
 import click
 
+from qwire.service.accepts import Refusals
 from qwire.service.config import command
 from qwire.service.server import Listener, Server, run, until_signal
 from qwire.v1 import (
@@ -28,7 +29,7 @@ from router.cache_index import CacheIndex
 from router.config import RouterConfig
 from router.faces import AdminServicer, ModelServicer, TokenizerServicer
 from router.fleet import Fleet
-from router.generation import GenerationServicer
+from router.generation import QUEUED_METHODS, GenerationServicer
 from router.placement import POLICIES
 from router.tokenizer_link import TokenizerLink
 from router.vetting import objection
@@ -59,7 +60,7 @@ async def serve(config: RouterConfig) -> int:
         Listener(config.listen, config.insecure_bind),
         max_message_bytes=config.max_request_bytes,
         write_timeout=config.write_timeout,
-        refuse=generation.refuse,
+        refusals=Refusals(QUEUED_METHODS, generation.refuse),
         # More concurrent calls than streams: those over the limit get a typed answer instead of waiting unseen.
         options=[("grpc.max_concurrent_streams", 4 * config.max_streams)],
     )

@@ -15,7 +15,7 @@ import grpc
 
 from qwire.errors import QwireError
 from qwire.ordering import MAX_PRIORITY, MIN_PRIORITY, Claim
-from qwire.service.boundary import Metadata
+from qwire.service.accepts import Metadata
 from qwire.service.status import not_in_this_release
 from qwire.v1 import generation_pb2 as pb
 from qwire.v1 import generation_pb2_grpc, models_pb2, resume_pb2, tokenizer_pb2, worker_pb2
@@ -48,7 +48,7 @@ class _Prompt:
 
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-QUEUED_METHODS = frozenset({f"/{SERVICE}/Generate", f"/{SERVICE}/GenerateOnce"})
+QUEUED_METHODS = (f"/{SERVICE}/Generate", f"/{SERVICE}/GenerateOnce")
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -67,10 +67,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def active_streams(self) -> int:
         return len(self._live)
 
-    def refuse(self, method: str, metadata: Metadata) -> QwireError | None:
-        """What a call is refused with while its request is unread; None where that is left to `_enter`. Under overload
-        most calls end here: with more than one model, what waits for which isn't known yet."""
-        if method not in QUEUED_METHODS or not (model := self._fleet.known_model("")):
+    def refuse(self, metadata: Metadata) -> QwireError | None:
+        """What a call of `QUEUED_METHODS` is refused with while its request is unread; None where that is left to
+        `_enter`. Under overload most calls end here: with more than one model, what waits for which isn't known yet."""
+        if not (model := self._fleet.known_model("")):
             return None
         try:
             return self._admission.refuse(tenant_of(metadata), model)

@@ -11,7 +11,7 @@ import hmac
 import string
 from functools import lru_cache
 
-from qwire.service.boundary import Metadata
+from qwire.service.accepts import Metadata
 from router.validation import Violations
 
 TENANT_KEY = "qwire-tenant"

@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Deserializer = Callable[[bytes], Any]
-Metadata = Iterable[tuple[str, str | bytes]] | None
-Refuse = Callable[[str, Metadata], QwireError | None]
-"""Says of a call, by its method and metadata, whether it is refused before its request is read, and how."""
 
 SEARCHED_FIELDS = 10_000
 """Fields and messages of a request that are looked at to name those that are unknown."""
@@ -138,38 +135,25 @@ class Boundary(grpc.GenericRpcHandler):
 
     Generated code registers services with it as with a server. A message that a caller hasn't taken after
     `write_timeout` seconds ends its stream RESOURCE_EXHAUSTED.
-
-    Args:
-        refuse: of calls that a service has no room for, which cost least if nothing of them is read.
     """
 
-    def __init__(self, write_timeout: float, refuse: Refuse | None = None) -> None:
+    def __init__(self, write_timeout: float) -> None:
         self.open_ended = OpenEndedCalls()
         self._writes = Writes(write_timeout)
-        self._refuse = refuse
-        self._behind: list[grpc.GenericRpcHandler] = []
-        self._found: dict[str, Any] = {}
-        """By method: what was found behind, with its guard before it."""
+        self.methods: dict[str, Any] = {}
+        """What answers calls of a method, such as "/package.Service/Method"."""
 
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
-        self._behind += handlers
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Nothing: they are those that generated code registers by their names as well."""
 
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """Nothing: they are the same ones. For each method that is registered by itself grpc.aio keeps an accept of its
-        own, and at every call it waits for all of them anew."""
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        for name, handler in handlers.items():
+            method = f"/{service}/{name}"
+            self.methods[method] = self._guarded(method, handler)
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """What answers a call; None, for gRPC's UNIMPLEMENTED, where it is of no method."""
-        if self._refuse is not None and (error := self._refuse(details.method, details.invocation_metadata)):
-            # As one that streams requests, which gRPC calls before it has received any.
-            return grpc.stream_unary_rpc_method_handler(_Refusal(error).answer)
-        handler = self._found.get(details.method)
-        if handler is None:
-            found = (behind.service(details) for behind in self._behind)
-            handler = next((self._guarded(details.method, handler) for handler in found if handler is not None), None)
-            if handler is not None:
-                self._found[details.method] = handler
-        return handler
+        return self.methods.get(details.method)
 
     def _guarded(self, method: str, handler: Any) -> Any:
         answer = _Guard(method, handler, self._writes, self.open_ended).answer
@@ -183,19 +167,6 @@ class Boundary(grpc.GenericRpcHandler):
                 return grpc.unary_stream_rpc_method_handler(answer, None, serialize)
             case _:
                 return grpc.unary_unary_rpc_method_handler(answer, None, serialize)
-
-
-class _Refusal:
-    """The behaviour of a call that is refused."""
-
-    def __init__(self, error: QwireError) -> None:
-        self._error = error
-
-    async def answer(self, requests: AsyncIterator[bytes], context: Context) -> NoReturn:
-        try:
-            await context.abort(*_ending(self._error, context))
-        finally:
-            del requests, context  # see _Guard.answer
 
 
 class _Guard:
@@ -216,9 +187,9 @@ class _Guard:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            ending = self._ending(error, context)
+            last = self._ending(error, context)
         try:
-            await context.abort(*ending)
+            await context.abort(*last)
         finally:
             # gRPC keeps the exception that it raises with the call, and the exception this frame: they would hold each
             # other until the garbage collector comes, which takes tens of milliseconds for a second's refusals.
@@ -253,10 +224,11 @@ class _Guard:
         if not isinstance(error, QwireError):
             log.error("%s failed", self._method, exc_info=error)
             error = QwireError(grpc.StatusCode.INTERNAL, "the server failed; its log says more", reason=Reason.INTERNAL)
-        return _ending(error, context)
+        return ending(error, context)
 
 
-def _ending(error: QwireError, context: Context) -> Ending:
+def ending(error: QwireError, context: Context) -> Ending:
+    """How a call ends with an error."""
     return error.code, error.message, error.trailing_metadata(context.time_remaining())
 
 

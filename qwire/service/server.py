@@ -16,12 +16,13 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from qwire.service.boundary import Boundary, Refuse
+from qwire.service import accepts
+from qwire.service.accepts import Refusals
+from qwire.service.boundary import Boundary
 from qwire.service.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Server:
     """One gRPC server with health, reflection and the boundary before them. Starts NOT_SERVING.
 
     Args:
-        refuse: see `Boundary`.
+        refusals: of calls that there is no room for, which cost least if nothing of them is read.
         announce: prints the line `listening on ADDRESS` once the port is bound.
     """
 
@@ -100,7 +101,7 @@ class Server:
         *,
         max_message_bytes: int,
         write_timeout: float = 10.0,
-        refuse: Refuse | None = None,
+        refusals: Refusals | None = None,
         announce: bool = True,
         options: Sequence[tuple[str, int]] = (),
     ) -> None:
@@ -110,8 +111,10 @@ class Server:
         self._names: list[str] = [HEALTH_SERVICE, reflection.SERVICE_NAME]
         self._locks = AsyncExitStack()
         self.health = HealthServicer()
-        self._boundary = Boundary(write_timeout, refuse)
-        self.grpc = grpc.aio.server(
+        self._boundary = Boundary(write_timeout)
+        self._refusals = refusals
+        self.grpc = accepts.server(
+            refusals,
             handlers=[self._boundary],
             options=[
                 *SERVER_OPTIONS,
@@ -133,6 +136,10 @@ class Server:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer(self._names), self._boundary
         )
+        # No others: grpc.aio waits anew, at every call, for those of each method that is registered by itself.
+        for method in self._refusals.methods if self._refusals else ():
+            service, name = method.removeprefix("/").split("/")
+            self.grpc.add_registered_method_handlers(service, {name: self._boundary.methods[method]})
         address = self._listener.address
         if address.startswith("unix:"):
             self._take_socket(address.removeprefix("unix:"))
