@@ -65,9 +65,9 @@ class FrameWorker(worker_pb2_grpc.WorkerServiceServicer):
         frames: asyncio.Queue[pb.ServeResponse],
     ) -> None:
         async for request in requests:
-            if request.HasField("submit"):
-                running[request.submit.attempt] = 0
-                await frames.put(pb.ServeResponse(admitted=pb.Admitted(attempt=request.submit.attempt)))
+            for submit in [request.submit] if request.HasField("submit") else request.submits.submits:
+                running[submit.attempt] = 0
+                await frames.put(pb.ServeResponse(admitted=pb.Admitted(attempt=submit.attempt)))
             for attempt in request.abort.attempts:
                 running.pop(attempt, None)
 
