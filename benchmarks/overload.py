@@ -3,7 +3,7 @@
 
 A fake worker serves about 130 requests a second. First callers ask as many as are served, which gives the peak; then
 they ask ten times as many, but no more than `--calls` a second, at random, whatever the answers are. Shown: goodput as
-a part of the peak, the time of a refusal at the caller and from the start of the router's handler, how much of a core
+a part of the peak, the time of a refusal at the caller and in the router's own code, how much of a core
 the machine's host took meanwhile, and the routers' memory. One router has a core for itself; the fake worker shares the
 callers', so that the times at the caller are an upper bound.
 """
@@ -247,7 +247,7 @@ def main() -> None:
                 router.process.send_signal(signal.SIGTERM)
                 router.process.wait(30)
                 seconds += json.loads(Path(f"{os.environ[TIMES]}.{router.pid}").read_text())
-            print(f"             from the handler's start {shown(seconds)}")
+            print(f"             in the router {shown(seconds)}")
         finally:
             fleet.stop()
 

@@ -1,4 +1,4 @@
-"""A router that says, when it ends, how long refusals took from the start of their handlers:
+"""A router that says, when it ends, how long refusals took in its own code:
 `python -m benchmarks.timed_router serve ...`."""
 
 from __future__ import annotations

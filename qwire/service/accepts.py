@@ -5,8 +5,8 @@ event loop for each, however many wait. A call that is refused has by then a sec
 cancellation, a handler, and a reader of requests. Here `AT_A_TIME` calls are asked for at once, and a refusal is one
 write: under overload a call takes two thirds of the processor time, and what has gathered is worked off together.
 
-The place for this in grpc.aio isn't public. A release without it accepts calls one by one, and they are refused by
-their handlers: slower, with the same answers.
+The place for this in grpc.aio (1.85) isn't public. A release without it accepts calls one by one, and they are refused
+by their handlers: slower, with the same answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from qwire.errors import QwireError, Reason
-from qwire.service.boundary import Context, ending
+from qwire.service import boundary
 
 AT_A_TIME = 8
 """Calls that are asked for at once: of each method that is registered by itself, and of all others together."""
@@ -68,6 +68,8 @@ class _Accepts:
         self._loop = asyncio.get_running_loop()
         self._asked: set[asyncio.Task[Any]] = set()
         self._ready: deque[asyncio.Task[Any]] = deque()
+        """Accepted and not handed on. With those that are asked for, never more than `AT_A_TIME`: what comes beside
+        them waits in gRPC, which has a limit."""
         self._next: asyncio.Future[Any] | None = None
         """Of a call that grpc.aio waits for."""
         self._ended = False
@@ -76,10 +78,9 @@ class _Accepts:
 
     def next(self) -> asyncio.Future[Any]:
         """The next call that is to be handled."""
-        if self._ready:
-            return self._ready.popleft()
-        self._next = self._loop.create_future()
-        return self._next
+        waiting = self._next = self._loop.create_future()
+        self._hand_on()
+        return waiting
 
     def end(self) -> None:
         """No more calls are asked for."""
@@ -87,35 +88,38 @@ class _Accepts:
 
     def answer_ready(self) -> None:
         """Takes back what isn't handed on yet, for from now on all calls are answered."""
-        for task in self._ready:
-            if task.exception() is None:
-                self._answered(task.result())
-        self._ready.clear()
+        ready, self._ready = self._ready, deque()
+        for task in ready:
+            self._took(task)
 
     def _ask(self) -> None:
-        task = self._loop.create_task(self._accept())
-        self._asked.add(task)  # the loop holds it weakly
-        task.add_done_callback(self._took)
+        if not self._ended:
+            task = self._loop.create_task(self._accept())
+            self._asked.add(task)  # the loop holds it weakly
+            task.add_done_callback(self._took)
 
     def _took(self, task: asyncio.Task[Any]) -> None:
         self._asked.discard(task)
         if task.cancelled():
             return
-        lost = isinstance(task.exception(), cygrpc._RequestCallError)  # as all are that a server's end finds
-        if not self._ended and (lost or task.exception() is None):
+        error = task.exception()
+        # All that are asked for end so with the server; before that, one that does is asked for anew.
+        lost = isinstance(error, cygrpc._RequestCallError) and not self._ended
+        if lost or (error is None and self._answered(task.result())):
             self._ask()
-            if lost:
-                return
-        if task.exception() is None and self._answered(task.result()):
-            return
-        if self._next is None or self._next.done():
+        else:
             self._ready.append(task)
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        if not self._ready or self._next is None or self._next.done():
             return
-        waiting, self._next = self._next, None
+        task, waiting, self._next = self._ready.popleft(), self._next, None
         if error := task.exception():
             waiting.set_exception(error)
         else:
             waiting.set_result(task.result())
+            self._ask()
 
 
 class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
@@ -129,22 +133,27 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         self._refused = 0
         self._stopping: QwireError | None = None
 
-    async def shutdown(self, grace: float | None) -> None:
-        """Ends the server. Calls that wait to be accepted would be CANCELLED, which nobody tries again: so those are
-        answered first, as long as more arrive than are asked for at once."""
+    def shutdown(self, grace: float | None) -> Coroutine[Any, Any, None]:
+        """Ends the server, which grpc.aio also does with one that is ended, or never began."""
+        ending: Coroutine[Any, Any, None] = super().shutdown(grace)
+        return ending if self._stopping or not self._accepts else self._answer_and(ending)
+
+    async def _answer_and(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Calls that wait to be accepted would be CANCELLED, which nobody tries again: so those are answered first, as
+        long as more arrive than are asked for at once."""
         self._stopping = QwireError(
             grpc.StatusCode.UNAVAILABLE, "the server is shutting down", reason=Reason.DRAINING, retry_after=1.0
         )
         for accepts in self._accepts.values():
             accepts.answer_ready()
-        for _ in range(STOP_LOOKS if self._accepts else 0):
+        for _ in range(STOP_LOOKS):
             before = self._refused
             await asyncio.sleep(STOP_LOOK_SECONDS)
             if self._refused - before < AT_A_TIME:
                 break
         for accepts in self._accepts.values():
             accepts.end()
-        await super().shutdown(grace)
+        await ending
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
         """What grpc.aio waits on for the next call of a registered method, or of any other for None."""
@@ -174,10 +183,10 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         return True
 
 
-async def _refuse(context: Context, error: QwireError) -> None:
+async def _refuse(context: boundary.Context, error: QwireError) -> None:
     try:
         with suppress(grpc.aio.BaseError):  # AbortError always, and what comes of a caller that is gone
-            await context.abort(*ending(error, context))
+            await context.abort(*boundary.ending(error, context))
     finally:
         # gRPC keeps the exception that it raises with the call, and the exception this frame: they would hold each
         # other until the garbage collector comes, which takes tens of milliseconds for a second's refusals.
