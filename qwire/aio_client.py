@@ -103,6 +103,8 @@ class AsyncGeneration(GenerationView):
                     task = asyncio.current_task()
                     # grpc raises this for a call cancelled by `cancel` as well, where the task itself is to live on.
                     if not self._cancelled.is_set() or (task is not None and task.cancelling()):
+                        # grpc does so too, but for a task that is cancelled as its request has just been sent.
+                        self._call.cancel()
                         raise
                     raise cancelled() from None
                 if response is grpc.aio.EOF:

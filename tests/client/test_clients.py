@@ -218,7 +218,19 @@ async def test_cancelling_the_task_cancels_the_call(server: FakeServer) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(server.ended.wait, 5)
+        assert await asyncio.to_thread(server.ended.wait, 10)
+
+
+async def test_cancelling_the_task_as_its_request_was_sent_cancels_the_call(server: FakeServer) -> None:
+    server.script = [accepted(), Hang()]
+    async with AsyncClient(server.address) as client:
+        generation = client.generate("hi")
+        sent: asyncio.Task[None] = generation._call._preparation  # type: ignore[attr-defined]
+        sent.add_done_callback(lambda _: task.cancel())
+        task = asyncio.create_task(generation.read())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(server.ended.wait, 10)
 
 
 def both(server: FakeServer, call: Callable[[Any], Any], **client_options: Any) -> list[Any]:
