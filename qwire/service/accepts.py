@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from qwire.errors import QwireError, Reason
+from qwire.errors import QwireError
 from qwire.service import boundary
 
 AT_A_TIME = 8
@@ -141,9 +141,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
     async def _answer_and(self, ending: Coroutine[Any, Any, None]) -> None:
         """Calls that wait to be accepted would be CANCELLED, which nobody tries again: so those are answered first, as
         long as more arrive than are asked for at once."""
-        self._stopping = QwireError(
-            grpc.StatusCode.UNAVAILABLE, "the server is shutting down", reason=Reason.DRAINING, retry_after=1.0
-        )
+        self._stopping = boundary.stopping(retry_after=1.0)
         for accepts in self._accepts.values():
             accepts.answer_ready()
         for _ in range(STOP_LOOKS):

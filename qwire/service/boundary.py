@@ -52,9 +52,8 @@ class OpenEndedCalls:
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
         """Encloses such a call."""
-        stopping = QwireError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down", reason=Reason.DRAINING)
         if self._ended:
-            raise stopping
+            raise stopping()
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -64,7 +63,7 @@ class OpenEndedCalls:
                 finally:
                     self._scopes.discard(scope)
         except TimeoutError:
-            raise (stopping if scope.expired() else TimeoutError) from None
+            raise (stopping() if scope.expired() else TimeoutError) from None
 
 
 class Writes:
@@ -225,6 +224,13 @@ class _Guard:
             log.error("%s failed", self._method, exc_info=error)
             error = QwireError(grpc.StatusCode.INTERNAL, "the server failed; its log says more", reason=Reason.INTERNAL)
         return ending(error, context)
+
+
+def stopping(retry_after: float | None = None) -> QwireError:
+    """What calls hear that the server's end meets."""
+    return QwireError(
+        grpc.StatusCode.UNAVAILABLE, "the server is shutting down", reason=Reason.DRAINING, retry_after=retry_after
+    )
 
 
 def ending(error: QwireError, context: Context) -> Ending:
