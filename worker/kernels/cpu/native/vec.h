@@ -41,6 +41,21 @@ QWIRE_INLINE void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
+// Past the caches, where the instruction set can (`to` aligned to a vector); finish_past_caches() before others read it.
+QWIRE_INLINE void store_past_caches(float* to, f32v v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)v);
+#else
+    store(to, v);
+#endif
+}
+
+QWIRE_INLINE void finish_past_caches() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 // A difference, because x - 0 is x: the compiler may drop it, which it may not with x + 0 (-0 + 0 is 0).
 QWIRE_INLINE f32v splat(float x) { return x - f32v{}; }
 
