@@ -15,7 +15,7 @@ NATIVE = Path("worker/kernels/cpu/native")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
-    "avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": [],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
-from tests.helpers.native_modules import each_isa
+from tests.helpers.native_modules import each_isa, module
 from tests.helpers.steps import chunk, greedy, logits_of, plan, table
 from worker.engine.plan import Draw, SamplingParams
 from worker.kernels import NativeError, ReferenceKernels, choose_kernels
@@ -82,9 +82,9 @@ def test_every_instruction_set_gives_the_references_logits(
     assert (kernels.name, kernels.isa) == ("cpu", isa)
     runner = TorchRunner(folder, num_blocks=8, quantize=quantize, kv_dtype=kv_dtype, kernels=kernels)
     got = logits_of(runner, ids, table(0, 80, 16), [40, 1])
-    # Quantized weights meet rows of 8 bits here, and of 32 in the reference.
+    # Quantized weights meet rows of 8 bits here, fixed-point ones of 13, and all rows of 32 in the reference.
     error = (got - expected).norm() / expected.norm()
-    assert error < (0.004 if quantize == "none" else 0.03)
+    assert error < (0.03 if quantize != "none" else 0.008 if module(isa).fixed_point else 0.004)
 
 
 def test_tied_weights_are_kept_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 INSTRUCTION_SETS = ("avx512_vnni", "avx512", "avx2", "portable")
-"""Best first. `avx512_vnni` is AVX-512 with VNNI and BF16; `portable` is what every x86-64 or other machine has."""
+"""Best first. `avx512_vnni` is AVX-512 with VNNI; `portable` is what every x86-64 or other machine has."""
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

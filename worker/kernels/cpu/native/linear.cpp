@@ -86,6 +86,16 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
              y_stride);
 }
 
+void linear_fixed(const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
+                  int64_t x_stride, float* y, int64_t y_stride) {
+    const Tiles tiles(rows, kIntTile);
+    const int64_t row_bytes = ceil_div(in, kChunk) * kChunk * int64_t(sizeof(int16_t)), groups = ceil_div(in, kFixedGroup);
+    auto* values = static_cast<char*>(scratch(0, rows * (row_bytes + groups * int64_t(sizeof(float)))));
+    auto* scales = reinterpret_cast<float*>(values + rows * row_bytes);
+    fix_rows(tiles, in, x, x_stride, reinterpret_cast<int16_t*>(values), scales);
+    multiply(Format::kBfloat16, packed, out, in, bias, {tiles, values, row_bytes, nullptr, 0, scales, groups}, y, y_stride);
+}
+
 // Where a panel's 16-bit value of one column stands, among the 32 of a step.
 int64_t word_half(int64_t column) { return column % 16 * 2 + column / 16; }
 
@@ -102,7 +112,7 @@ int64_t panel_bytes(Format format, int64_t in) {
     const int64_t padded = ceil_div(in, kChunk) * kChunk;
     switch (format) {
         case Format::kFloat32: return padded * kPanel * 4;
-        case Format::kBfloat16:
+        case Format::kBfloat16: return (kFixedPoint ? ceil_div(in, kFixedGroup) * 64 : 0) + padded * kPanel * 2;
         case Format::kFloat16: return padded * kPanel * 2;
         case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + padded * kPanel;
         case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + padded * kPanel / 2;
@@ -118,6 +128,8 @@ Pieces panels(Format format, const void* packed, int64_t out, int64_t in) {
 
 void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
             int64_t x_stride, float* y, int64_t y_stride) {
+    if (kFixedPoint && format == Format::kBfloat16)
+        return linear_fixed(packed, out, in, bias, rows, x, x_stride, y, y_stride);
     if (format != Format::kInt8 && format != Format::kInt4) {
         linear_floats(format, packed, out, in, bias, rows, x, x_stride, y, y_stride);
         return;
@@ -153,6 +165,11 @@ void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t c
         for (int64_t k = 0; k < in; ++k) {
             if (format == Format::kFloat32) {
                 row[k] = reinterpret_cast<const float*>(panel)[k * kPanel + column];
+            } else if (kFixedPoint && format == Format::kBfloat16) {
+                const char* group = panel + k / kFixedGroup * (64 + kFixedGroup / 2 * 128);
+                const uint32_t word = reinterpret_cast<const uint16_t*>(group)[word_half(column)];
+                const auto* values = reinterpret_cast<const int16_t*>(group + 64 + k % kFixedGroup / 2 * 128);
+                row[k] = float(values[column * 2 + k % 2]) * widen(Format::kBfloat16, word);
             } else if (format == Format::kBfloat16 || format == Format::kFloat16) {
                 const int64_t at = k * kPanel + (format == Format::kBfloat16 ? word_half(column) : column);
                 row[k] = widen(format, reinterpret_cast<const uint16_t*>(panel)[at]);

@@ -55,9 +55,12 @@ struct Float16 {
     }
 };
 
+// Integer formats: a group of K that shares scales, the bytes and values of K of a step, the words that hold a step of a row, and
+// what a value of 1 stands for, in scales.
 struct Int8 {
-    static constexpr int64_t kGroup = kInt8Group, kStep = 128;  // bytes for four values of K
-    static constexpr float kUnit = 1.0f;                        // what a value of 1 stands for, in scales
+    static constexpr int64_t kGroup = kInt8Group, kStep = 128, kValues = 4, kWords = kActivationWords;
+    static constexpr float kUnit = 1.0f;
+    using Weights = Quads;
     static QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) {
         at += pass * 4 * kWidth;
         low = quads(qwire::load<Ints>(at));
@@ -66,15 +69,33 @@ struct Int8 {
     static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
     struct Zeros {
         QWIRE_INLINE Zeros(const char*, int) {}
-        QWIRE_INLINE void start(int32_t from, Ints& low, Ints& high) const { low = high = broadcast(from); }
+        QWIRE_INLINE void start(const int32_t* from, Ints& low, Ints& high) const { low = high = broadcast(*from); }
     };
 };
+
+#if defined(__AVX512VNNI__)
+struct FixedPoint {
+    static constexpr int64_t kGroup = kFixedGroup, kStep = 128, kValues = 2, kWords = 1;
+    static constexpr float kUnit = 1.0f;
+    using Weights = Halves;
+    static QWIRE_INLINE void load(const char* at, int, Halves& low, Halves& high) {
+        low = {qwire::load<Ints>(at)};
+        high = {qwire::load<Ints>(at + 64)};
+    }
+    static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
+    struct Zeros {
+        QWIRE_INLINE Zeros(const char*, int) {}
+        QWIRE_INLINE void start(const int32_t*, Ints& low, Ints& high) const { low = high = Ints{}; }
+    };
+};
+#endif
 
 // Values count in sixteenths, so that they can stay in the high half of a byte and zero points be fractions: a weight
 // is scale / 16 * (16 q - 72 - 6 zero).
 struct Int4 {
-    static constexpr int64_t kGroup = kInt4Group, kStep = 64;
+    static constexpr int64_t kGroup = kInt4Group, kStep = 64, kValues = 4, kWords = kActivationWords;
     static constexpr float kUnit = 1.0f / 16;
+    using Weights = Quads;
     static QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) {
         const Ints both = qwire::load<Ints>(at + pass * 4 * kWidth);
         low = quads((both << 4) & (int32_t)0xf0f0f0f0);
@@ -90,7 +111,8 @@ struct Int4 {
             low = (Ints)(both & 15u);
             high = (Ints)(both >> 16 & 15u);
         }
-        QWIRE_INLINE void start(int32_t sum, Ints& low_start, Ints& high_start) const {
+        QWIRE_INLINE void start(const int32_t* from, Ints& low_start, Ints& high_start) const {
+            const int32_t sum = *from;
             const Ints base = broadcast(-72 * sum);
             low_start = times(base, low, -6 * sum);
             high_start = times(base, high, -6 * sum);
@@ -112,11 +134,11 @@ struct Int4 {
 // The rows of a product, tile by tile.
 struct TiledRows {
     const Tiles& tiles;
-    const char* values;     // [tile][chunk][tile rows][kChunk]: floats, or activations
+    const char* values;     // [tile][chunk][tile rows][kChunk]: floats, activations or fixed-point values
     int64_t row_bytes;      // of `values`
-    const int32_t* starts;  // integer only: QuantizedRows::int8_starts or sums, [tile][int8: group, int4: chunk][tile rows]
+    const int32_t* starts;  // int8 and int4 only: QuantizedRows::int8_starts or sums, [tile][int8: group, int4: chunk][tile rows]
     int64_t row_starts;     // of `starts`
-    const float* scales;    // integer only: QuantizedRows::scales, [tile][group][tile rows]
+    const float* scales;    // of integers only: [tile][group][tile rows]
     int64_t row_scales;     // of `scales`
 };
 

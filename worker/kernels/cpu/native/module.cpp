@@ -32,8 +32,7 @@ std::vector<std::string> instruction_sets() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        names.emplace_back("avx512_vnni");
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) names.emplace_back("avx512_vnni");
     if (avx512) names.emplace_back("avx512");
     if (avx2) names.emplace_back("avx2");
 #endif
@@ -234,6 +233,7 @@ void def_linear(py::module_& module) {
 
 PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("set_threads", &set_threads, py::arg("threads"), py::arg("cpus"));
+    module.attr("fixed_point") = qwire::kFixedPoint;
     module.def("instruction_sets", &instruction_sets);
     module.def("num_threads", &qwire::num_threads);
     // Local: there is a class of this name for every instruction set.

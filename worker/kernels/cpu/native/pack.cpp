@@ -130,10 +130,64 @@ void store_scales(char* to, const Rows& rows, int64_t group, Bits&& bits) {
     }
 }
 
+// `count` weights of a column from `offset` on to fixed-point values; returns their scale, bfloat16. Zeros where all are below
+// 1e-30, a scale of NaN where one isn't finite.
+uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_t size, int64_t count, int16_t* values) {
+    f32x16 wide[kFixedGroup / 16];
+    u32x16 most{};
+    for (int64_t i = 0; i < count / 16; ++i) {
+        wide[i] = (f32x16)rows.get(column, offset + i * 16 * size, 16 * size, [&](const char* from) {
+            return source == Format::kBfloat16 ? (u32x16)read(source, from)
+                                               : read_narrow(Format::kBfloat16, source, from) << 16;
+        });
+        const u32x16 bits = (u32x16)wide[i] & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    uint32_t top = 0;
+    for (int i = 0; i < 16; ++i) top = std::max(top, most[i]);
+    const bool zero = top < __builtin_bit_cast(uint32_t, 1e-30f), finite = top < 0x7f800000u;
+    // A power of two that takes the largest below 2^kFixedBits, by its exponent alone.
+    const uint32_t exponent = finite && !zero ? (top >> 23) - (kFixedBits - 1) : 0;
+    const float inverse = exponent ? __builtin_bit_cast(float, (254 - exponent) << 23) : 0.0f;
+    for (int64_t i = 0; i < count / 16; ++i) {
+        const f32x16 rounded = wide[i] * inverse + 12582912.0f;  // 1.5 * 2^23
+        typedef int16_t s16x16 __attribute__((vector_size(32)));
+        store(values + i * 16, __builtin_convertvector((u32x16)rounded - 0x4b400000u, s16x16));
+    }
+    return finite ? uint16_t(exponent << 7) : uint16_t(0x7fc0);
+}
+
+void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format source, const void* data) {
+    const int64_t size = source == Format::kFloat32 ? 4 : 2;
+    constexpr int64_t kGroupBytes = 64 + kFixedGroup / 2 * 128;
+    over_panels(Format::kBfloat16, packed, in, first, count, data, in * size, [&](char* panel, const Rows& rows, int64_t) {
+        alignas(64) char waste[128];
+        char* steps[kBlock];
+        alignas(64) int16_t values[kPanel][kFixedGroup] = {};
+        for (int64_t group = 0; group * kFixedGroup < in; ++group) {
+            const int64_t k = group * kFixedGroup, length = std::min(kFixedGroup, in - k), padded = ceil_div(length, kChunk) * kChunk;
+            uint16_t scales[kPanel] = {};
+            for (int column = rows.begin; column < rows.end; ++column)
+                scales[column] = fix(source, rows, column, k * size, size, padded, values[column]);
+            store_scales(panel + group * kGroupBytes, rows, group, [&](int64_t i, int64_t) { return scales[rows.begin + i]; });
+            for (int64_t step = 0; step < padded / 2; step += kBlock) {
+                find_steps(steps, panel + group * kGroupBytes + 64, step, padded / 2, 128, 0, waste);
+                const auto words = [&](int column) __attribute__((always_inline)) {
+                    return load<u32x16>(values[column] + step * 2);
+                };
+                store_block(steps, words);
+                for (char*& at : steps) at += 64;
+                store_block(steps, [&](int column) { return words(column + 16); });
+            }
+        }
+    });
+}
+
 }  // namespace
 
 void pack_floats(Format format, void* packed, int64_t in, int64_t first, int64_t count, Format source,
                  const void* data) {
+    if (kFixedPoint && format == Format::kBfloat16) return pack_fixed(packed, in, first, count, source, data);
     const int64_t size = source == Format::kFloat32 ? 4 : 2, steps_count = ceil_div(in, kChunk) * kChunk;
     over_panels(format, packed, in, first, count, data, in * size, [&](char* panel, const Rows& rows, int64_t) {
         alignas(64) char waste[128];

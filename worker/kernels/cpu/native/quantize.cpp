@@ -151,6 +151,35 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     }
 }
 
+void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, int16_t* values, float* scales) {
+    const int64_t chunks = chunks_of(size), groups = groups_of(size);
+    const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+    parallel_for(tiles.count, [&](int64_t tile) {
+        const int64_t height = tiles.size(tile), first = tiles.first(tile);
+        for (int64_t r = 0; r < height; ++r) {
+            const float* from = x + (first + r) * stride;
+            int16_t* row = values + first * chunks * kChunk + r * kChunk;
+            for (int64_t k = 0; k < size; k += kChunk) {
+                f32v inverse;
+                if (k % kFixedGroup == 0) {
+                    const float absmax = __builtin_bit_cast(float, greatest(from + k, std::min(kFixedGroup, size - k)));
+                    scales[first * groups + k / kFixedGroup * height + r] = absmax / kFixedMost;
+                    // Below the least normal number the inverse would be infinite: such a group counts as zero.
+                    inverse = splat(absmax < 1e-30f ? 0.0f : kFixedMost / absmax);
+                }
+                float rest[kChunk] = {};
+                const float* chunk = from + k;
+                if (size - k < kChunk) std::memcpy(rest, chunk, size_t(size - k) * sizeof(float)), chunk = rest;
+                for (int i = 0; i < kChunk; i += kLanes) {
+                    const i32v rounded = (i32v)fma(load<f32v>(chunk + i), inverse, magic) - (i32v)magic;
+                    typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
+                    store(row + k * height + i, __builtin_convertvector(rounded, s16v));
+                }
+            }
+        }
+    });
+}
+
 void quantize_rows(const QuantizedRows& to, const float* x, int64_t stride) {
     constexpr int64_t kRowsPerTask = 4;  // fewer would cost more to share out than to do
     const int64_t rows = to.tiles.rows;

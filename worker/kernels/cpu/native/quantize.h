@@ -63,6 +63,16 @@ class QuantizedRows {
     float* scales_;
 };
 
+// The largest fixed-point value of an activation and the bits of a weight's: 128 products of the largest of both, whose
+// magnitude is below 2^kFixedBits, stay below 2^31.
+constexpr int kFixedMost = 4095, kFixedBits = 12;
+constexpr int64_t kFixedGroup = 128;  // values of K that share a scale, of a weight and of a row
+
+// Rows as fixed-point values, to the nearest, ties to even, in tiles of up to kIntTile: `values` [chunks][tile rows][kChunk], zeros
+// beyond a row's end, and `scales` [groups][tile rows] of each tile, on all threads. A row's values depend on that row alone; one
+// that holds NaN or infinity yields no finite product.
+void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, int16_t* values, float* scales);
+
 // All rows, on all threads; `x` has `stride` floats from row to row.
 void quantize_rows(const QuantizedRows& to, const float* x, int64_t stride);
 

@@ -80,4 +80,20 @@ QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations
 }
 #endif
 
+// Products of 16-bit weights with 16-bit activations, two neighbours along K summed into each 32-bit lane: with VNNI one
+// instruction, which does twice the arithmetic of a float32 product.
+#if defined(__AVX512VNNI__)
+constexpr bool kFixedPoint = true;  // whether bfloat16 weights are kept, and multiplied, so
+
+struct Halves {
+    Ints words;
+};
+
+QWIRE_INLINE Ints dot(Ints sum, const Halves& weights, const int32_t* activations) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights.words, _mm512_set1_epi32(*activations));
+}
+#else
+constexpr bool kFixedPoint = false;
+#endif
+
 }  // namespace qwire
