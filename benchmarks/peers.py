@@ -1,6 +1,7 @@
 """Our engine against others, on models of one shape: both sides in turn, each in a process of its own, medians.
 
     python -m benchmarks.peers --lab LAB --bench BENCH.py --pair FOLDER:PEER:DTYPE --case 1,128,128 ... [--rounds 3]
+                              [--kv-dtype int8]
 
 LAB holds a virtual environment for each PEER; BENCH.py, run by its Python as `BENCH.py PEER DTYPE --cases B,P,N`,
 prints a JSON line {"version", "cases": [{"prefill_tok_s", "decode_tok_s"}]}. FOLDER is what we serve, quantized or not.
@@ -103,9 +104,10 @@ class Machine:
         return state.read_bytes_per_s >= GOOD * self._read and state.flop_per_s >= GOOD * self._flop
 
 
-def ours(folder: Path, case: str) -> tuple[Sample, float]:
+def ours(folder: Path, case: str, kv_dtype: str) -> tuple[Sample, float]:
     """A turn of our engine, and its share of the bandwidth limit."""
-    told = _told([sys.executable, "-m", "worker", "bench", "engine", "--model", str(folder), "--case", case, "--json"])
+    engine = [sys.executable, "-m", "worker", "bench", "engine"]
+    told = _told([*engine, "--model", str(folder), "--kv-dtype", kv_dtype, "--case", case, "--json"])
     result = told["cases"][0]
     return Sample(result["prefill_tok_s"], result["decode_tok_s"]), result["decode_bandwidth_share"]
 
@@ -125,14 +127,14 @@ def _told(argv: Sequence[str], **environ: str) -> dict[str, Any]:
     return told
 
 
-def compare(machine: Machine, lab: Path, bench: Path, pair: Pair, case: str, rounds: int) -> Row:
+def compare(machine: Machine, lab: Path, bench: Path, pair: Pair, case: str, rounds: int, kv_dtype: str) -> Row:
     """All rounds of one case."""
     done: list[Round] = []
     shares = []
     version = ""
     while len(done) < 2 * rounds and len(_counting(machine, done)) < rounds:
         before = machine.look()
-        own, share = ours(pair.folder, case)
+        own, share = ours(pair.folder, case, kv_dtype)
         between = machine.look()
         other, version = theirs(lab, bench, pair, case)
         done.append(Round(own, other, (before, between, machine.look())))
@@ -173,8 +175,11 @@ def _median(samples: Iterator[Sample]) -> Sample:
 @click.option("--pair", "pairs", required=True, multiple=True, metavar="FOLDER:PEER:DTYPE", help="Repeatable.")
 @click.option("--case", "cases", required=True, multiple=True, metavar="B,P,N", help="Batch, prompt, new; repeatable.")
 @click.option("--rounds", default=3, help="Turns of each side that count.")
+@click.option("--kv-dtype", default="auto", show_default=True, help="Of our keys and values; peers have their default.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row instead of a table.")
-def main(lab: Path, bench: Path, pairs: Sequence[str], cases: Sequence[str], rounds: int, as_json: bool) -> None:
+def main(
+    lab: Path, bench: Path, pairs: Sequence[str], cases: Sequence[str], rounds: int, kv_dtype: str, as_json: bool
+) -> None:
     """Compares speeds with peers."""
     cpus = usable_cpus()
     choose_kernels(threads=len(cpus))  # for the probes
@@ -186,7 +191,7 @@ def main(lab: Path, bench: Path, pairs: Sequence[str], cases: Sequence[str], rou
         print("|---|---|---|---|---|---|---|---|---|")
     for pair in map(Pair.parse, pairs):
         for case in cases:
-            row = compare(machine, lab, bench, pair, case, rounds)
+            row = compare(machine, lab, bench, pair, case, rounds, kv_dtype)
             if as_json:
                 print(json.dumps(asdict(row)), flush=True)
                 continue

@@ -141,7 +141,9 @@ def test_against_plain_softmax(
         sequences, kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed
     )
     got = case.attend(module(isa), window)
-    assert (got.double() - case.wanted(window)).abs().max() <= 5e-6
+    # Where codes are multiplied in fixed point, queries and weights have 15 bits.
+    bound = 5e-4 if module(isa).fixed_point and dtype == torch.int8 else 5e-6
+    assert (got.double() - case.wanted(window)).abs().max() <= bound
     assert torch.equal(case.attend_in_chunks(module(isa), window, 1000), got)
 
 
@@ -190,7 +192,9 @@ def test_agrees_with_the_reference_at_large_scores(isa: str, dtype: torch.dtype)
     batch = case.batch([0, 1], case.starts.tolist(), case.lengths.tolist())
     reference = ReferenceKernels()
     wanted = reference.paged_attention(case.queries, case.cache, reference.plan_attention(batch, 2, [None]), None)
-    torch.testing.assert_close(case.attend(module(isa), None), wanted, rtol=2e-4, atol=5e-5)
+    # Scores of hundreds: a 15-bit query moves a weight by a few hundredths, a fiftieth of what 8-bit keys did before.
+    bound = 1e-2 if module(isa).fixed_point and dtype == torch.int8 else 5e-5
+    torch.testing.assert_close(case.attend(module(isa), None), wanted, rtol=2e-4, atol=bound)
 
 
 @each_isa

@@ -39,17 +39,22 @@ struct Soft {
 };
 
 // Scores to weights, in place; within [first, last), multiples of kLanes, what `span` leaves out becomes 0. Where keys and
-// values are codes, a score is multiplied by its key's scale first, and in the end a weight by its value's.
-template <bool scaled>
+// values are codes, a score is multiplied by its key's scale first, and in the end a weight by its value's. Where such
+// codes are multiplied in fixed point, scores are sums that `unit` makes floats of, and weights become units; `unit` is
+// then theirs.
+template <class T>
 __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int last, const float* key_scales,
-                                      const float* value_scales) {
+                                      const float* value_scales, [[maybe_unused]] float& unit) {
+    constexpr bool scaled = kScaled<T>;
     i32v lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = i;
     const auto read = [&](int k) { return (lanes + k >= span.from) & (lanes + k < span.to); };
     const int from = (span.from + kLanes - 1) / kLanes * kLanes, to = span.to / kLanes * kLanes;  // whole vectors
     f32v peaks = splat(kNoScore);
     for (int k = first; k < last; k += kLanes) {
-        f32v score = load<f32v>(scores + k);
+        f32v score;
+        if constexpr (kPaired<T>) score = __builtin_convertvector(load<i32v>(scores + k), f32v) * unit;
+        else score = load<f32v>(scores + k);
         if constexpr (scaled) score *= load<f32v>(key_scales + k);
         if (k < from || k >= to) score = read(k) ? score : splat(kNoScore);
         if (scaled || k < from || k >= to) store(scores + k, score);
@@ -58,13 +63,20 @@ __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int l
     // Where nothing is read the peak is kNoScore itself, and weights are made 0 below.
     const float peak = max(peaks);
     f32v totals{};
+    [[maybe_unused]] f32v largest{};
     for (int k = first; k < last; k += kLanes) {
         f32v weight = exp(load<f32v>(scores + k) - peak);
         if (k < from || k >= to) weight = read(k) ? weight : f32v{};
         totals += weight;
         if constexpr (scaled) weight *= load<f32v>(value_scales + k);
+        if constexpr (kPaired<T>) {  // scales of values that nobody reads may be NaN, and a unit may hold such a one
+            if (k < from || k >= to) weight = read(k) ? weight : f32v{};
+            largest = max(weight, largest);
+        }
         store(scores + k, weight);
     }
+    if constexpr (kPaired<T>)  // in place: what is written never passes what is read
+        unit = fix<false>(scores + first, last - first, max(largest), reinterpret_cast<int16_t*>(scores) + first);
     return {peak, sum(totals)};
 }
 
@@ -93,9 +105,11 @@ struct Scratch {
     Span* spans;         // [rows]
     Soft* softs;         // [rows]
     Soft* tile_softs;    // [rows]
-    float* panel;        // [kDepth, kPanel]
+    float* panel;        // [kDepth, kPanel]; panels and queries as units of the cache's type
     float* queries;      // [rows, dim], scaled
-    float* scores;       // [rows, kTile]
+    float* query_units;  // [rows]: what 1 of a fixed-point value stands for
+    float* weight_units;  // [rows]: likewise, of the tile's weights
+    float* scores;       // [rows, kTile], as sums of units, then weights, as units
     float* scales;       // [2, kTile]: the tile's keys' and values', where they are codes
     float* tile;         // [rows, dim]: one tile's mixed values
     float* mixed;        // [rows, dim]
@@ -211,8 +225,9 @@ class Attention {
         const int64_t lines = bytes(2 * kTile + kAhead, sizeof(void*)), panel = bytes(kDepth * kPanel, sizeof(float));
         const int64_t spans = bytes(rows, sizeof(Span)), softs = bytes(rows, sizeof(Soft));
         const int64_t scores = bytes(rows * kTile, sizeof(float)), mixed = bytes(rows * dim_, sizeof(float));
-        const int64_t scales = bytes(2 * kTile, sizeof(float));
-        char* at = static_cast<char*>(scratch(0, lines + panel + spans + 2 * softs + scores + scales + 3 * mixed));
+        const int64_t scales = bytes(2 * kTile, sizeof(float)), units = bytes(rows, sizeof(float));
+        char* at =
+            static_cast<char*>(scratch(0, lines + panel + spans + 2 * softs + scores + scales + 2 * units + 3 * mixed));
         const auto take = [&at](int64_t size) { return static_cast<void*>(std::exchange(at, at + size)); };
         Scratch s;
         s.lines = static_cast<const void**>(take(lines));
@@ -221,6 +236,8 @@ class Attention {
         s.softs = static_cast<Soft*>(take(softs));
         s.tile_softs = static_cast<Soft*>(take(softs));
         s.queries = static_cast<float*>(take(mixed));
+        s.query_units = static_cast<float*>(take(units));
+        s.weight_units = static_cast<float*>(take(units));
         s.scores = static_cast<float*>(take(scores));
         s.scales = static_cast<float*>(take(scales));
         s.tile = static_cast<float*>(take(mixed));
@@ -246,7 +263,10 @@ class Attention {
             const float* from = queries_ + (item.row + query) * query_stride_ + head * group_ * dim_;
             for (int64_t i = 0; i < group_ * dim_; i += kLanes)
                 store(s.queries + row * dim_ + i, load<f32v>(from + i) * scale);
-            for (const int64_t next = row + group_; row < next; ++row) s.softs[row] = {kNoScore, 0.0f};
+            for (const int64_t next = row + group_; row < next; ++row) {
+                s.softs[row] = {kNoScore, 0.0f};
+                if constexpr (kPaired<T>) s.query_units[row] = fix_query(s.queries, row);
+            }
         }
         std::memset(s.mixed, 0, size_t(rows * dim_) * sizeof(float));
         for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
@@ -363,24 +383,56 @@ class Attention {
         const T* const* keys = reinterpret_cast<const T* const*>(s.lines);
         const T* const* values = keys + (last - first);
         if (rows <= kRows) {
-            kScoreFew<T>[size_t(rows - 1)]((last - first) / kLanes, keys, dim_, s.queries, s.scores + first);
+            kScoreFew<T>[size_t(rows - 1)]((last - first) / kLanes, keys, dim_, units<T>(s.queries), s.scores + first);
         } else {
             score(rows, keys, s, first, last);
         }
         for (int64_t row = 0; row < rows; row += kRows) {
             const Span block = block_span(s, row, rows);
             for (int64_t i = row; i < std::min(rows, row + kRows); ++i) {
-                softs[i] = soften<kScaled<T>>(s.scores + i * kTile, s.spans[i], block.from / kLanes * kLanes,
-                                              (block.to + kLanes - 1) / kLanes * kLanes, s.scales, s.scales + kTile);
+                s.weight_units[i] = s.query_units[i];
+                softs[i] = soften<T>(s.scores + i * kTile, s.spans[i], block.from / kLanes * kLanes,
+                                     (block.to + kLanes - 1) / kLanes * kLanes, s.scales, s.scales + kTile,
+                                     s.weight_units[i]);
             }
         }
-        if (rows > kFewRows) return mix_packed(rows, values, s, first, to, mixed);
+        rows > kFewRows ? mix_packed(rows, values, s, first, to, mixed) : mix_few(rows, values, s, first, mixed);
+        if constexpr (kPaired<T>) {
+            for (int64_t row = 0; row < rows; ++row) {
+                const f32v unit = splat(s.weight_units[row]);
+                for (float *at = mixed + row * dim_, *end = at + dim_; at < end; at += kLanes)
+                    store(at, __builtin_convertvector(load<i32v>(at), f32v) * unit);
+            }
+        }
+    }
+
+    // A row of queries to fixed point; rows come in order, and move together. Returns what a value of 1 stands for.
+    float fix_query(float* queries, int64_t row) const {
+        f32v largest{};
+        const float* from = queries + row * dim_;
+        for (int64_t i = 0; i < dim_; i += kLanes) {
+            const f32v x = load<f32v>(from + i);
+            largest = max(max(x, -x), largest);
+        }
+        return fix<true>(from, dim_, max(largest), reinterpret_cast<int16_t*>(queries) + row * dim_);
+    }
+
+    template <class T>
+    static const Unit<T>* units(const float* from) {
+        return reinterpret_cast<const Unit<T>*>(from);
+    }
+
+    template <class T>
+    void mix_few(int64_t rows, const T* const* values, const Scratch& s, int first, float* mixed) const {
+        constexpr int kSize = kUnitSize<T>;
         for (int64_t row = 0; row < rows; row += kRows) {
             const Span block = block_span(s, row, rows);
+            const int start = block.from / kSize * kSize;
             const auto mix = kMix<T>[size_t(std::min<int64_t>(kRows, rows - row) - 1)];
-            for (int from = block.from; from < block.to; from += kDepth)
-                mix(dim_ / kLanes, std::min(kDepth, block.to - from), s.scores + row * kTile + from,
-                    values + (from - first), 0, mixed + row * dim_, dim_, from == block.from);
+            for (int from = start; from < block.to; from += kDepth)
+                mix(dim_ / kLanes, (std::min(kDepth, block.to - from) + kSize - 1) / kSize,
+                    units<T>(s.scores + row * kTile) + from / kSize, values + (from - first), 0, mixed + row * dim_,
+                    dim_, from == start);
         }
     }
 
@@ -391,20 +443,22 @@ class Attention {
 
     template <class T>
     void score(int64_t rows, const T* const* keys, const Scratch& s, int first, int last) const {
+        constexpr int kSize = kUnitSize<T>;
+        auto* packed = reinterpret_cast<Unit<T>*>(s.panel);
         for (int panel = first; panel < last; panel += kPanel) {
             const int vectors = std::min(kPanel, last - panel) / kLanes;
             for (int64_t d = 0; d < dim_; d += kDepth) {
                 const int64_t depth = std::min<int64_t>(kDepth, dim_ - d);
                 for (int v = 0; v < vectors; ++v)
-                    pack_keys(keys + (panel - first) + v * kLanes, d, depth, dim_, s.panel + v * kLanes);
+                    pack_keys(keys + (panel - first) + v * kLanes, d, depth, dim_, packed + v * kLanes);
                 for (int64_t row = 0; row < rows; row += kRows) {
                     const int64_t count = std::min<int64_t>(kRows, rows - row);
                     const Span block = block_span(s, row, rows);
                     if (block.to <= panel || block.from >= panel + kPanel) continue;
                     const int needed = std::min(vectors, (block.to - panel + kLanes - 1) / kLanes);
-                    kMultiply[size_t((count - 1) * kVectors + needed - 1)](depth, s.queries + row * dim_ + d, dim_,
-                                                                           s.panel, s.scores + row * kTile + panel,
-                                                                           kTile, d == 0);
+                    kMultiply<T>[size_t((count - 1) * kVectors + needed - 1)](
+                        depth / kSize, units<T>(s.queries) + (row * dim_ + d) / kSize, dim_ / kSize, packed,
+                        s.scores + row * kTile + panel, kTile, d == 0);
                 }
             }
         }
@@ -412,23 +466,28 @@ class Attention {
 
     template <class T>
     void mix_packed(int64_t rows, const T* const* values, const Scratch& s, int first, int to, float* mixed) const {
+        constexpr int kSize = kUnitSize<T>;
+        auto* packed = reinterpret_cast<Unit<T>*>(s.panel);
         for (int64_t d = 0; d < dim_; d += kPanel) {
             const int vectors = int(std::min<int64_t>(kPanel, dim_ - d)) / kLanes;
             for (int key = first; key < to; key += kDepth) {
                 const int end = std::min(to, key + kDepth);
-                for (int k = key; k < end; ++k) {
-                    prefetch(values[k - first + kAhead] + d, vectors * kLanes * int64_t(sizeof(T)));
+                for (int k = key; k < end; k += kSize) {
+                    for (int i = k; i < k + kSize; ++i)
+                        prefetch(values[i - first + kAhead] + d, vectors * kLanes * int64_t(sizeof(T)));
                     for (int v = 0; v < vectors; ++v)
-                        store(s.panel + (k - key) * kPanel + v * kLanes, widen(values[k - first] + d + v * kLanes));
+                        store(packed + (k - key) / kSize * kPanel + v * kLanes,
+                              value_units(values, (k - first) / kSize, d + v * kLanes));
                 }
                 for (int64_t row = 0; row < rows; row += kRows) {
                     const int64_t count = std::min<int64_t>(kRows, rows - row);
                     const Span block = block_span(s, row, rows);
-                    const int from = std::max(block.from, key), needed = std::min(block.to, end) - from;
+                    const int start = block.from / kSize * kSize;
+                    const int from = std::max(start, key), needed = std::min(block.to, end) - from;
                     if (needed <= 0) continue;
-                    kMultiply[size_t((count - 1) * kVectors + vectors - 1)](
-                        needed, s.scores + row * kTile + from, kTile, s.panel + (from - key) * kPanel,
-                        mixed + row * dim_ + d, dim_, from == block.from);
+                    kMultiply<T>[size_t((count - 1) * kVectors + vectors - 1)](
+                        (needed + kSize - 1) / kSize, units<T>(s.scores + row * kTile) + from / kSize, kTile,
+                        packed + (from - key) / kSize * kPanel, mixed + row * dim_ + d, dim_, from == start);
                 }
             }
         }

@@ -27,23 +27,26 @@ constexpr int kPanel = kVectors * kLanes;  // columns of a panel
 constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
 constexpr int kAhead = 64;                 // keys or values, in the order of reading, that are asked for before they are read
 
-// c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0.
-template <int M, int N>
-void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool fresh) {
-    f32v sums[M][N];
+// c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0. a and b are
+// units of T, c sums of them.
+template <class T, int M, int N>
+void multiply(int64_t count, const Unit<T>* a, int64_t a_stride, const Unit<T>* b, float* c, int64_t c_stride,
+              bool fresh) {
+    Units<T> sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * c_stride + n * kLanes);
+        for (int n = 0; n < N; ++n)
+            sums[m][n] = fresh ? Units<T>{} : load<Units<T>>(c + m * c_stride + n * kLanes);
     for (int64_t k = 0; k < count; ++k) {
-        f32v row[N];
+        Units<T> row[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * kPanel + n * kLanes);
+        for (int n = 0; n < N; ++n) row[n] = load<Units<T>>(b + k * kPanel + n * kLanes);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const f32v factor = splat(a[m * a_stride + k]);
+            const Units<T> factor = repeat(a[m * a_stride + k]);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
+            for (int n = 0; n < N; ++n) sums[m][n] = add_products(sums[m][n], factor, row[n]);
         }
     }
 #pragma GCC unroll 8
@@ -52,15 +55,18 @@ void multiply(int64_t count, const float* a, int64_t a_stride, const float* b, f
         for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
 }
 
-using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+template <class T>
+using Multiply = void (*)(int64_t, const Unit<T>*, int64_t, const Unit<T>*, float*, int64_t, bool);
 
-template <size_t... I>
-constexpr std::array<Multiply, sizeof...(I)> multiplies(std::index_sequence<I...>) {
-    return {multiply<I / kVectors + 1, I % kVectors + 1>...};
+template <class T, size_t... I>
+constexpr std::array<Multiply<T>, sizeof...(I)> multiplies(std::index_sequence<I...>) {
+    return {multiply<T, I / kVectors + 1, I % kVectors + 1>...};
 }
 
-// For M rows and N vectors: kMultiply[(M - 1) * kVectors + N - 1].
-constexpr auto kMultiply = multiplies(std::make_index_sequence<kRows * kVectors>());
+// For M rows and N vectors: kMultiply<T>[(M - 1) * kVectors + N - 1].
+template <class T>
+constexpr auto kMultiply = multiplies<std::conditional_t<kPaired<T>, T, float>>(
+    std::make_index_sequence<kRows * kVectors>());
 
 // Vectors that `mix` keeps for each of M rows.
 constexpr int mix_vectors([[maybe_unused]] int m) {
@@ -79,27 +85,34 @@ QWIRE_INLINE void prefetch(const void* from, int64_t count) {
     for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
 }
 
+// A vector of units of values, the k-th along `values`, from d on.
+template <class T>
+QWIRE_INLINE Units<T> value_units(const T* const* values, int64_t k, int64_t d) {
+    if constexpr (kPaired<T>) return pair_up(values[2 * k] + d, values[2 * k + 1] + d);
+    else return widen(values[k] + d);
+}
+
 // out [M, N vectors] += weights [M, count] * values [count, N vectors], in order; value k begins at values[k] + d.
-// `fresh`: out is taken as 0.
+// `fresh`: out is taken as 0. Of units, and sums of them.
 template <class T, int M, int N>
-void mix(int64_t count, const float* weights, const T* const* values, int64_t d, float* out, int64_t out_stride,
+void mix(int64_t count, const Unit<T>* weights, const T* const* values, int64_t d, float* out, int64_t out_stride,
          bool fresh) {
-    f32v sums[M][N];
+    Units<T> sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(out + m * out_stride + n * kLanes);
+        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? Units<T>{} : load<Units<T>>(out + m * out_stride + n * kLanes);
     for (int64_t k = 0; k < count; ++k) {
-        prefetch(values[k + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
-        const T* row = values[k] + d;
-        f32v factors[M];
+        for (int64_t i = k * kUnitSize<T>; i < (k + 1) * kUnitSize<T>; ++i)
+            prefetch(values[i + kAhead] + d, N * kLanes * int64_t(sizeof(T)));
+        Units<T> factors[M];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) factors[m] = splat(weights[m * kTile + k]);
+        for (int m = 0; m < M; ++m) factors[m] = repeat(weights[m * kTile + k]);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-            const f32v value = widen(row + n * kLanes);
+            const Units<T> value = value_units(values, k, d + n * kLanes);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) sums[m][n] = fma(factors[m], value, sums[m][n]);
+            for (int m = 0; m < M; ++m) sums[m][n] = add_products(sums[m][n], factors[m], value);
         }
     }
 #pragma GCC unroll 8
@@ -110,7 +123,7 @@ void mix(int64_t count, const float* weights, const T* const* values, int64_t d,
 
 // As `mix`, for any number of vectors.
 template <class T, int M, int N = mix_vectors(M)>
-void mix_all(int64_t vectors, int64_t count, const float* weights, const T* const* values, int64_t d, float* out,
+void mix_all(int64_t vectors, int64_t count, const Unit<T>* weights, const T* const* values, int64_t d, float* out,
              int64_t out_stride, bool fresh) {
     for (; vectors >= N; vectors -= N, d += N * kLanes)
         mix<T, M, N>(count, weights, values, d, out + d, out_stride, fresh);
@@ -120,7 +133,7 @@ void mix_all(int64_t vectors, int64_t count, const float* weights, const T* cons
 }
 
 template <class T>
-using Mix = void (*)(int64_t, int64_t, const float*, const T* const*, int64_t, float*, int64_t, bool);
+using Mix = void (*)(int64_t, int64_t, const Unit<T>*, const T* const*, int64_t, float*, int64_t, bool);
 
 template <class T, size_t... I>
 constexpr std::array<Mix<T>, sizeof...(I)> mixes(std::index_sequence<I...>) {
@@ -144,15 +157,15 @@ QWIRE_INLINE void load_rows(const T* const* rows, int64_t d, int64_t depth, u32v
     }
 }
 
-// Elements d to d + depth - 1 of as many keys as a vector has lanes, as columns: to[i * kPanel + key].
+// Elements d to d + depth - 1 of as many keys as a vector has lanes, as columns of units: to[i * kPanel + key].
 template <class T>
-void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, float* to) {
-    constexpr int64_t kParts = 4 / sizeof(T), kWide = kParts * kLanes;
+void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, Unit<T>* to) {
+    constexpr int64_t kElements = 4 / sizeof(T), kParts = kElements / kUnitSize<T>, kWide = kElements * kLanes;
     u32v x[kLanes];
     const auto columns = [&](int64_t count) {
         transpose(x);
-        for (int64_t j = 0; j < count / kParts; ++j, to += kParts * kPanel) {
-            f32v parts[kParts];
+        for (int64_t j = 0; j < count / kElements; ++j, to += kParts * kPanel) {
+            Units<T> parts[kParts];
             unpack(x[j], T{}, parts);
 #pragma GCC unroll 4
             for (int64_t i = 0; i < kParts; ++i) store(to + i * kPanel, parts[i]);
@@ -178,29 +191,29 @@ void pack_keys(const T* const* keys, int64_t d, int64_t depth, int64_t dim, floa
 // c [M, N vectors] += a [M, count * parts] * b, in order, as `multiply` does; b [count, N vectors] holds neighbouring rows
 // together, as `unpack` takes them apart.
 template <class T, int M, int N>
-__attribute__((noinline)) void multiply_unpacked(int64_t count, const float* a, int64_t a_stride, const u32v* b, float* c,
-                                                 bool fresh) {
-    constexpr int kParts = 4 / sizeof(T);
-    f32v sums[M][N];
+__attribute__((noinline)) void multiply_unpacked(int64_t count, const Unit<T>* a, int64_t a_stride, const u32v* b,
+                                                 float* c, bool fresh) {
+    constexpr int kParts = 4 / sizeof(T) / kUnitSize<T>;
+    Units<T> sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? f32v{} : load<f32v>(c + m * kTile + n * kLanes);
+        for (int n = 0; n < N; ++n) sums[m][n] = fresh ? Units<T>{} : load<Units<T>>(c + m * kTile + n * kLanes);
     for (; count; --count, a += kParts, b += N) {
 #pragma GCC unroll 4
         for (int i = 0; i < kParts; ++i) {
-            f32v row[N];
+            Units<T> row[N];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                f32v parts[kParts];
+                Units<T> parts[kParts];
                 unpack(b[n], T{}, parts);
                 row[n] = parts[i];
             }
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                const f32v factor = splat(a[m * a_stride + i]);
+                const Units<T> factor = repeat(a[m * a_stride + i]);
 #pragma GCC unroll 8
-                for (int n = 0; n < N; ++n) sums[m][n] = fma(factor, row[n], sums[m][n]);
+                for (int n = 0; n < N; ++n) sums[m][n] = add_products(sums[m][n], factor, row[n]);
             }
             asm volatile("" ::: "memory");  // b is read anew: kept for the next part, it would drive sums into memory
         }
@@ -214,7 +227,7 @@ __attribute__((noinline)) void multiply_unpacked(int64_t count, const float* a, 
 // scores [M, N vectors] of as many keys as N vectors have lanes: each one sum over d in order. For few rows columns are
 // kept as they were read, and widened when they meet the rows.
 template <class T, int M, int N>
-void score_few(const T* const* keys, int64_t dim, const float* queries, float* scores) {
+void score_few(const T* const* keys, int64_t dim, const Unit<T>* queries, float* scores) {
     constexpr int64_t kParts = 4 / sizeof(T), kWide = kParts * kLanes;
     u32v columns[kDepth / kParts][N];
     for (int64_t d = 0; d < dim; d += kDepth) {
@@ -234,13 +247,14 @@ void score_few(const T* const* keys, int64_t dim, const float* queries, float* s
                 for (int64_t j = 0; j < kLanes; ++j) columns[e / kParts + j][n] = x[j];
             }
         }
-        multiply_unpacked<T, M, N>(depth / kParts, queries + d, dim, columns[0], scores, d == 0);
+        multiply_unpacked<T, M, N>(depth / kParts, queries + d / kUnitSize<T>, dim / kUnitSize<T>, columns[0], scores,
+                                   d == 0);
     }
 }
 
 // As `score_few`, for any number of vectors.
 template <class T, int M, int N = (M <= 3 ? 4 : 2)>
-void score_all(int64_t vectors, const T* const* keys, int64_t dim, const float* queries, float* scores) {
+void score_all(int64_t vectors, const T* const* keys, int64_t dim, const Unit<T>* queries, float* scores) {
     for (; vectors >= N; vectors -= N, keys += N * kLanes, scores += N * kLanes)
         score_few<T, M, N>(keys, dim, queries, scores);
     if constexpr (N > 1) {
@@ -249,7 +263,7 @@ void score_all(int64_t vectors, const T* const* keys, int64_t dim, const float* 
 }
 
 template <class T>
-using ScoreFew = void (*)(int64_t, const T* const*, int64_t, const float*, float*);
+using ScoreFew = void (*)(int64_t, const T* const*, int64_t, const Unit<T>*, float*);
 
 template <class T, size_t... I>
 constexpr std::array<ScoreFew<T>, sizeof...(I)> scores_of_few(std::index_sequence<I...>) {

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "vec.h"
+#include "registers.h"
 
 namespace qwire {
 
@@ -21,6 +21,19 @@ enum class KvType : int { kFloat32, kBfloat16, kFloat16, kInt8 };
 // Whether an element is a code, to be multiplied by the scale of its vector.
 template <class T>
 constexpr bool kScaled = std::is_same_v<T, int8_t>;
+
+// Whether queries and weights become fixed-point values, two to a unit, whose products with codes are summed exactly;
+// else they, and keys and values, are multiplied as floats, each a unit.
+template <class T>
+constexpr bool kPaired = kFixedPoint && kScaled<T>;
+template <class T>
+using Unit = std::conditional_t<kPaired<T>, int32_t, float>;
+template <class T>
+using Units = std::conditional_t<kPaired<T>, i32v, f32v>;  // sums too
+template <class T>
+constexpr int kUnitSize = kPaired<T> ? 2 : 1;
+// The largest such value: with codes up to 127, sums of 1024 products (MAX_HEAD_DIM) stay below 2^31.
+constexpr int kMostFixed = 16383;
 
 // Calls f(T{}) with the type's element.
 template <class F>
@@ -86,6 +99,46 @@ QWIRE_INLINE void narrow(Half* to, f32v x) { store(to, narrow_half(x)); }
 QWIRE_INLINE void narrow(int8_t* to, f32v x) {
     const f32v magic = splat(12582912.0f);  // 1.5 * 2^23
     store(to, __builtin_convertvector((i32v)(x + magic) - (i32v)magic, i8v));
+}
+
+// A unit in every lane, and sums with a product of units added.
+QWIRE_INLINE f32v repeat(float x) { return splat(x); }
+QWIRE_INLINE i32v repeat(int32_t x) { return broadcast(x); }
+QWIRE_INLINE f32v add_products(f32v sum, f32v a, f32v b) { return fma(a, b, sum); }
+#if defined(__AVX512VNNI__)
+QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) {
+    return (i32v)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+
+// Codes at the same place of two rows, as units.
+QWIRE_INLINE i32v pair_up(const int8_t* first, const int8_t* second) {
+    const __m128i a = load<__m128i>(first), b = load<__m128i>(second);
+    const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+    return (i32v)_mm512_cvtepi8_epi16(pairs);
+}
+
+// Four codes of each lane as two units: the first and the third, the second and the fourth.
+QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
+    parts[0] = (i32v)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8);
+    parts[1] = (i32v)_mm512_srai_epi16((__m512i)x, 8);
+}
+#endif
+
+// `count` floats (a multiple of a vector's lanes) to fixed point, in the order that `unpack` gives to codes where
+// `spread`, and else as they come. Returns what a value of 1 stands for; 0 where all are below 1e-30.
+template <bool spread>
+QWIRE_INLINE float fix(const float* from, int64_t count, float largest, int16_t* to) {
+    typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
+    const f32v inverse = splat(largest < 1e-30f ? 0.0f : kMostFixed / largest), magic = splat(12582912.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {  // 12582912 is 1.5 * 2^23: adding it rounds to an integer
+        const i32v rounded = (i32v)fma(load<f32v>(from + i), inverse, magic) - (i32v)magic;
+        s16v narrow = __builtin_convertvector(rounded, s16v);
+#if defined(__AVX512VNNI__)
+        if (spread) narrow = __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15});
+#endif
+        store(to + i, narrow);
+    }
+    return largest < 1e-30f ? 0.0f : largest / kMostFixed;
 }
 
 // The neighbours packed in each lane, apart.

@@ -89,11 +89,13 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
 void linear_fixed(const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
                   int64_t x_stride, float* y, int64_t y_stride) {
     const Tiles tiles(rows, kIntTile);
-    const int64_t row_bytes = ceil_div(in, kChunk) * kChunk * int64_t(sizeof(int16_t)), groups = ceil_div(in, kFixedGroup);
+    const int64_t row_bytes = ceil_div(in, kChunk) * kChunk * int64_t(sizeof(int16_t));
+    const int64_t groups = ceil_div(in, kFixedGroup);
     auto* values = static_cast<char*>(scratch(0, rows * (row_bytes + groups * int64_t(sizeof(float)))));
     auto* scales = reinterpret_cast<float*>(values + rows * row_bytes);
     fix_rows(tiles, in, x, x_stride, reinterpret_cast<int16_t*>(values), scales);
-    multiply(Format::kBfloat16, packed, out, in, bias, {tiles, values, row_bytes, nullptr, 0, scales, groups}, y, y_stride);
+    multiply(Format::kBfloat16, packed, out, in, bias, {tiles, values, row_bytes, nullptr, 0, scales, groups}, y,
+             y_stride);
 }
 
 // Where a panel's 16-bit value of one column stands, among the 32 of a step.

@@ -55,8 +55,8 @@ struct Float16 {
     }
 };
 
-// Integer formats: a group of K that shares scales, the bytes and values of K of a step, the words that hold a step of a row, and
-// what a value of 1 stands for, in scales.
+// Integer formats: a group of K that shares scales, the bytes and values of K of a step, the words that hold a step of
+// a row, and what a value of 1 stands for, in scales.
 struct Int8 {
     static constexpr int64_t kGroup = kInt8Group, kStep = 128, kValues = 4, kWords = kActivationWords;
     static constexpr float kUnit = 1.0f;
@@ -136,7 +136,8 @@ struct TiledRows {
     const Tiles& tiles;
     const char* values;     // [tile][chunk][tile rows][kChunk]: floats, activations or fixed-point values
     int64_t row_bytes;      // of `values`
-    const int32_t* starts;  // int8 and int4 only: QuantizedRows::int8_starts or sums, [tile][int8: group, int4: chunk][tile rows]
+    // int8 and int4 only: QuantizedRows::int8_starts or sums, [tile][int8: group, int4: chunk][tile rows]
+    const int32_t* starts;
     int64_t row_starts;     // of `starts`
     const float* scales;    // of integers only: [tile][group][tile rows]
     int64_t row_scales;     // of `scales`

@@ -21,8 +21,8 @@ constexpr int64_t kNear = 768;
 // brought in first took 5 to 8% of a prefill.
 constexpr int64_t kPastCaches = 1 << 20;
 
-// Products of a few tiles with int8 and fixed-point weights go over a block of K, which stays in the level-1 cache, with all of
-// them before they go on: 4% of 16 to 28 rows, on Zen 4. int4, less of which is read, loses by it.
+// Products of a few tiles with int8 and fixed-point weights go over a block of K, which stays in the level-1 cache, with
+// all of them before they go on: 4% of 16 to 28 rows, on Zen 4. int4, less of which is read, loses by it.
 constexpr int64_t kBlock = 128, kBlockTiles = 4;
 static_assert(kBlock == kInt8Group && kBlock == kRowGroup && kBlock == kFixedGroup);
 
@@ -254,8 +254,8 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
         p.sums = static_cast<float*>(scratch(1, kIntTile * kPanel * sizeof(float)));
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t row = rows.tiles.first(tile);
-            // With one tile weights stream past; with several the panel stays in the level-2 cache, and each brings in its
-            // share of the next one.
+            // With one tile weights stream past; with several the panel stays in the level-2 cache, and each brings in
+            // its share of the next one.
             p.ahead = count == 1 ? p.panel + kFar : panel.next + bytes * (tile - first) / count;
             p.advance = ceil_div(bytes, count * p.chunks);
             p.rows = rows.values + row * rows.row_bytes;

@@ -130,9 +130,10 @@ void store_scales(char* to, const Rows& rows, int64_t group, Bits&& bits) {
     }
 }
 
-// `count` weights of a column from `offset` on to fixed-point values; returns their scale, bfloat16. Zeros where all are below
-// 1e-30, a scale of NaN where one isn't finite.
-uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_t size, int64_t count, int16_t* values) {
+// `count` weights of a column from `offset` on to fixed-point values; returns their scale, bfloat16. Zeros where all are
+// below 1e-30, a scale of NaN where one isn't finite.
+uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_t size, int64_t count,
+             int16_t* values) {
     f32x16 wide[kFixedGroup / 16];
     u32x16 most{};
     for (int64_t i = 0; i < count / 16; ++i) {
@@ -160,16 +161,18 @@ uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_
 void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format source, const void* data) {
     const int64_t size = source == Format::kFloat32 ? 4 : 2;
     constexpr int64_t kGroupBytes = 64 + kFixedGroup / 2 * 128;
-    over_panels(Format::kBfloat16, packed, in, first, count, data, in * size, [&](char* panel, const Rows& rows, int64_t) {
+    const auto fix_panel = [&](char* panel, const Rows& rows, int64_t) {
         alignas(64) char waste[128];
         char* steps[kBlock];
         alignas(64) int16_t values[kPanel][kFixedGroup] = {};
         for (int64_t group = 0; group * kFixedGroup < in; ++group) {
-            const int64_t k = group * kFixedGroup, length = std::min(kFixedGroup, in - k), padded = ceil_div(length, kChunk) * kChunk;
+            const int64_t k = group * kFixedGroup;
+            const int64_t padded = ceil_div(std::min(kFixedGroup, in - k), kChunk) * kChunk;
             uint16_t scales[kPanel] = {};
             for (int column = rows.begin; column < rows.end; ++column)
                 scales[column] = fix(source, rows, column, k * size, size, padded, values[column]);
-            store_scales(panel + group * kGroupBytes, rows, group, [&](int64_t i, int64_t) { return scales[rows.begin + i]; });
+            store_scales(panel + group * kGroupBytes, rows, group,
+                         [&](int64_t i, int64_t) { return scales[rows.begin + i]; });
             for (int64_t step = 0; step < padded / 2; step += kBlock) {
                 find_steps(steps, panel + group * kGroupBytes + 64, step, padded / 2, 128, 0, waste);
                 const auto words = [&](int column) __attribute__((always_inline)) {
@@ -180,7 +183,8 @@ void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format s
                 store_block(steps, [&](int column) { return words(column + 16); });
             }
         }
-    });
+    };
+    over_panels(Format::kBfloat16, packed, in, first, count, data, in * size, fix_panel);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Rows of activations as signed bytes, in the layout that products with int8 and int4 weights read.
 //
 // Every 128 values of a row share a scale, absmax / 127, so that outliers cost only their neighbours precision; values are
-// rounded to the nearest, ties to even. A row's bytes depend on that row alone. Rows lie in tiles of up to kIntTile, which a kernel holds in registers at once; a tile is cut along K
-// into chunks of 32 values, [chunk][row][32], so that a row's values are written as they come and read side by side.
+// rounded to the nearest, ties to even. A row's bytes depend on that row alone. Rows lie in tiles of up to kIntTile, which
+// a kernel holds in registers at once; a tile is cut along K into chunks of 32 values, [chunk][row][32], so that a row's
+// values are written as they come and read side by side.
 #pragma once
 
 #include <cstdint>
@@ -68,9 +69,9 @@ class QuantizedRows {
 constexpr int kFixedMost = 4095, kFixedBits = 12;
 constexpr int64_t kFixedGroup = 128;  // values of K that share a scale, of a weight and of a row
 
-// Rows as fixed-point values, to the nearest, ties to even, in tiles of up to kIntTile: `values` [chunks][tile rows][kChunk], zeros
-// beyond a row's end, and `scales` [groups][tile rows] of each tile, on all threads. A row's values depend on that row alone; one
-// that holds NaN or infinity yields no finite product.
+// Rows as fixed-point values, to the nearest, ties to even, in tiles of up to kIntTile: `values` [chunks][tile
+// rows][kChunk], zeros beyond a row's end, and `scales` [groups][tile rows] of each tile, on all threads. A row's values
+// depend on that row alone; one that holds NaN or infinity yields no finite product.
 void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, int16_t* values, float* scales);
 
 // All rows, on all threads; `x` has `stride` floats from row to row.

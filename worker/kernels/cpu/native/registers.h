@@ -80,8 +80,8 @@ QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations
 }
 #endif
 
-// Products of 16-bit weights with 16-bit activations, two neighbours along K summed into each 32-bit lane: with VNNI one
-// instruction, which does twice the arithmetic of a float32 product.
+// Products of 16-bit weights with 16-bit activations, two neighbours along K summed into each 32-bit lane: with VNNI
+// one instruction, which does twice the arithmetic of a float32 product.
 #if defined(__AVX512VNNI__)
 constexpr bool kFixedPoint = true;  // whether bfloat16 weights are kept, and multiplied, so
 

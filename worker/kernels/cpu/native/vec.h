@@ -41,7 +41,7 @@ QWIRE_INLINE void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-// Past the caches, where the instruction set can (`to` aligned to a vector); finish_past_caches() before others read it.
+// Past the caches, where the instruction set can (`to` aligned to a vector); finish_past_caches() before others read.
 QWIRE_INLINE void store_past_caches(float* to, f32v v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, (__m512)v);
