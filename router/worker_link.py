@@ -36,9 +36,9 @@ SILENT_LOOKS = 8
 counted rather than seconds, for a router that was stopped itself has not read yet what came meanwhile."""
 UNWELCOMED_LOOKS = 20
 """The same until its Welcome: connecting takes longer."""
-RECONNECT_SECONDS = (0.05, 1.0)
+RECONNECT_SECONDS = (0.05, 0.5)
 """The shortest and the longest pause before a link is tried again."""
-RECONNECT_SHARE = 0.1
+RECONNECT_SHARE = 0.05
 """Within those, the pause as a part of how long the link has been down: what it adds to that at most."""
 WORKER_REFUSED_RETRY_SECONDS = 1.0
 LOST_RETRY_SECONDS = 1.0

@@ -138,8 +138,7 @@ uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_
     u32x16 most{};
     for (int64_t i = 0; i < count / 16; ++i) {
         wide[i] = (f32x16)rows.get(column, offset + i * 16 * size, 16 * size, [&](const char* from) {
-            return source == Format::kBfloat16 ? (u32x16)read(source, from)
-                                               : read_narrow(Format::kBfloat16, source, from) << 16;
+            return read_narrow(Format::kBfloat16, source, from) << 16;
         });
         const u32x16 bits = (u32x16)wide[i] & 0x7fffffffu;
         most = bits > most ? bits : most;
