@@ -198,6 +198,22 @@ def test_agrees_with_the_reference_at_large_scores(isa: str, dtype: torch.dtype)
 
 
 @each_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_shows(isa: str, dtype: torch.dtype) -> None:
+    """A query that isn't, and a value, in whose scale it shows where values are codes."""
+    case = Case.make([(0, 20), (30, 1)], kv_heads=1, group=2, head_dim=64, block_size=16, dtype=dtype)
+    case.queries[3, 1, 5] = torch.nan
+    case.queries[20, 0, 7] = torch.inf
+    got = case.attend(module(isa), None).view(21, 2, 64)
+    wanted = torch.ones(21, 2, dtype=torch.bool)
+    wanted[3, 1] = wanted[20, 0] = False
+    assert torch.equal(got.isfinite().all(-1), wanted) and torch.equal(got.isfinite().any(-1), wanted)
+    block, within = int(case.tables[0][0]), 11
+    (case.cache.values if case.cache.scales is None else case.cache.scales[1])[0, block, within] = torch.nan
+    assert case.attend(module(isa), None)[11:20].isnan().all()
+
+
+@each_isa
 def test_rows_that_no_chunk_has_are_zero_and_strides_are_followed(isa: str) -> None:
     case = Case.make([(5, 3)], kv_heads=1, group=2, head_dim=64, block_size=16, dtype=torch.bfloat16)
     wide = torch.randn(5, 6, 64)

@@ -107,7 +107,7 @@ struct Scratch {
     Soft* tile_softs;    // [rows]
     float* panel;        // [kDepth, kPanel]; panels and queries as units of the cache's type
     float* queries;      // [rows, dim], scaled
-    float* query_units;  // [rows]: what 1 of a fixed-point value stands for
+    float* query_units;   // [rows]: what 1 of a fixed-point value stands for
     float* weight_units;  // [rows]: likewise, of the tile's weights
     float* scores;       // [rows, kTile], as sums of units, then weights, as units
     float* scales;       // [2, kTile]: the tile's keys' and values', where they are codes

@@ -125,20 +125,24 @@ QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
 #endif
 
 // `count` floats (a multiple of a vector's lanes) to fixed point, in the order that `unpack` gives to codes where
-// `spread`, and else as they come. Returns what a value of 1 stands for; 0 where all are below 1e-30.
+// `spread`, and else as they come. Returns what a value of 1 stands for: 0 where all are below 1e-30, NaN where one isn't
+// finite.
 template <bool spread>
 QWIRE_INLINE float fix(const float* from, int64_t count, float largest, int16_t* to) {
     typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
     const f32v inverse = splat(largest < 1e-30f ? 0.0f : kMostFixed / largest), magic = splat(12582912.0f);
+    f32v zeros{};
     for (int64_t i = 0; i < count; i += kLanes) {  // 12582912 is 1.5 * 2^23: adding it rounds to an integer
-        const i32v rounded = (i32v)fma(load<f32v>(from + i), inverse, magic) - (i32v)magic;
+        const f32v x = load<f32v>(from + i);
+        zeros = fma(x, f32v{}, zeros);
+        const i32v rounded = (i32v)fma(x, inverse, magic) - (i32v)magic;
         s16v narrow = __builtin_convertvector(rounded, s16v);
 #if defined(__AVX512VNNI__)
         if (spread) narrow = __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15});
 #endif
         store(to + i, narrow);
     }
-    return largest < 1e-30f ? 0.0f : largest / kMostFixed;
+    return (largest < 1e-30f ? 0.0f : largest / kMostFixed) + sum(zeros);
 }
 
 // The neighbours packed in each lane, apart.
