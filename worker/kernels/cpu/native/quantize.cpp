@@ -159,8 +159,8 @@ void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, 
         for (int64_t r = 0; r < height; ++r) {
             const float* from = x + (first + r) * stride;
             int16_t* row = values + first * chunks * kChunk + r * kChunk;
+            f32v inverse{};
             for (int64_t k = 0; k < size; k += kChunk) {
-                f32v inverse;
                 if (k % kFixedGroup == 0) {
                     const float absmax = __builtin_bit_cast(float, greatest(from + k, std::min(kFixedGroup, size - k)));
                     scales[first * groups + k / kFixedGroup * height + r] = absmax / kFixedMost;
