@@ -31,6 +31,7 @@ from worker.kernels import (
     pin_threads,
     usable_cpus,
 )
+from worker.kernels.cpu import native
 from worker.limits import Limits, measure, probe
 from worker.model import ModelConfig, ModelError
 from worker.runner.runner import TorchRunner
@@ -126,8 +127,7 @@ def bench(runner: TorchRunner, case: Case, limits: Limits, max_step_tokens: int)
     step_bytes = runner.weight_bytes + case.batch * length * runner.kv_bytes_per_position
     step_ops = case.batch * runner.operations(length - 1, length, draws=1)
     prefill_ops = case.batch * runner.operations(0, case.prompt, draws=1)
-    # Quantized weights are multiplied as bytes.
-    peak = limits.flop_per_s if runner.quantization == "none" else limits.int8_op_per_s or limits.flop_per_s
+    peak = _product_limit(limits, runner)
     return Result(
         **asdict(case),
         prefill_tok_s=case.batch * case.prompt / sum(prefill),
@@ -142,6 +142,18 @@ def bench(runner: TorchRunner, case: Case, limits: Limits, max_step_tokens: int)
         state_before=state_before,
         state_after=state_after,
     )
+
+
+def _product_limit(limits: Limits, runner: TorchRunner) -> float:
+    """Operations a second that products with these weights can reach: quantized ones are multiplied as bytes, bfloat16
+    ones as words, half as many at a time, where the kernels keep them in fixed point."""
+    if limits.int8_op_per_s is None:
+        return limits.flop_per_s
+    if runner.quantization != "none":
+        return limits.int8_op_per_s
+    kernels = runner.kernels
+    words = kernels.name == "cpu" and runner.dtype == torch.bfloat16 and native.load(kernels.isa)[1].fixed_point
+    return limits.int8_op_per_s / 2 if words else limits.flop_per_s
 
 
 def _ignore(report: StepReport) -> None:
