@@ -106,9 +106,7 @@ QWIRE_INLINE f32v repeat(float x) { return splat(x); }
 QWIRE_INLINE i32v repeat(int32_t x) { return broadcast(x); }
 QWIRE_INLINE f32v add_products(f32v sum, f32v a, f32v b) { return fma(a, b, sum); }
 #if defined(__AVX512VNNI__)
-QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) {
-    return (i32v)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-}
+QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) { return dot_halves(sum, a, b); }
 
 // Codes at the same place of two rows, as units.
 QWIRE_INLINE i32v pair_up(const int8_t* first, const int8_t* second) {

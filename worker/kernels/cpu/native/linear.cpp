@@ -168,7 +168,7 @@ void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t c
             if (format == Format::kFloat32) {
                 row[k] = reinterpret_cast<const float*>(panel)[k * kPanel + column];
             } else if (kFixedPoint && format == Format::kBfloat16) {
-                const char* group = panel + k / kFixedGroup * (64 + kFixedGroup / 2 * 128);
+                const char* group = panel + k / kFixedGroup * panel_bytes(format, kFixedGroup);
                 const uint32_t word = reinterpret_cast<const uint16_t*>(group)[word_half(column)];
                 const auto* values = reinterpret_cast<const int16_t*>(group + 64 + k % kFixedGroup / 2 * 128);
                 row[k] = float(values[column * 2 + k % 2]) * widen(Format::kBfloat16, word);

@@ -120,7 +120,7 @@ struct Int4 {
         // base + zero * factor; the sum of a chunk is at most 32 * 127, so factor fits in 16 bits.
         static QWIRE_INLINE Ints times(Ints base, Ints zero, int32_t factor) {
 #if defined(__AVX512VNNI__)
-            return (Ints)_mm512_dpwssd_epi32((__m512i)base, (__m512i)zero, _mm512_set1_epi32(factor));
+            return dot_halves(base, zero, broadcast(factor));
 #elif defined(__AVX2__)
             return dot_pairs(base, zero, factor);
 #else

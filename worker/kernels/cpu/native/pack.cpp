@@ -159,7 +159,7 @@ uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_
 
 void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format source, const void* data) {
     const int64_t size = source == Format::kFloat32 ? 4 : 2;
-    constexpr int64_t kGroupBytes = 64 + kFixedGroup / 2 * 128;
+    const int64_t group_bytes = panel_bytes(Format::kBfloat16, kFixedGroup);
     const auto fix_panel = [&](char* panel, const Rows& rows, int64_t) {
         alignas(64) char waste[128];
         char* steps[kBlock];
@@ -170,10 +170,10 @@ void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format s
             uint16_t scales[kPanel] = {};
             for (int column = rows.begin; column < rows.end; ++column)
                 scales[column] = fix(source, rows, column, k * size, size, padded, values[column]);
-            store_scales(panel + group * kGroupBytes, rows, group,
+            store_scales(panel + group * group_bytes, rows, group,
                          [&](int64_t i, int64_t) { return scales[rows.begin + i]; });
             for (int64_t step = 0; step < padded / 2; step += kBlock) {
-                find_steps(steps, panel + group * kGroupBytes + 64, step, padded / 2, 128, 0, waste);
+                find_steps(steps, panel + group * group_bytes + 64, step, padded / 2, 128, 0, waste);
                 const auto words = [&](int column) __attribute__((always_inline)) {
                     return load<u32x16>(values[column] + step * 2);
                 };

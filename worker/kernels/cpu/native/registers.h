@@ -85,12 +85,16 @@ QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations
 #if defined(__AVX512VNNI__)
 constexpr bool kFixedPoint = true;  // whether bfloat16 weights are kept, and multiplied, so
 
+QWIRE_INLINE Ints dot_halves(Ints sum, Ints a, Ints b) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+
 struct Halves {
     Ints words;
 };
 
 QWIRE_INLINE Ints dot(Ints sum, const Halves& weights, const int32_t* activations) {
-    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights.words, _mm512_set1_epi32(*activations));
+    return dot_halves(sum, weights.words, broadcast(*activations));
 }
 #else
 constexpr bool kFixedPoint = false;
