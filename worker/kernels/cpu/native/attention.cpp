@@ -27,6 +27,7 @@ constexpr float kNoScore = -3.0e38f;  // finite, so that a row that has read not
 constexpr int kQueryRows = 192;       // rows of a unit: fewer repeat the packing, more leave the second-level cache
 constexpr int kFewRows = 12;          // up to here values are read in place and KV tiles spread over tasks
 constexpr int kTasksAThread = 8;
+constexpr int64_t kQueriesAhead = 4;  // that are asked for before they are read: they lie too far apart for the processor to
 
 // The keys of a tile that a row, or a block of rows, reads: [from, to), counted within the tile; none where from >= to.
 struct Span {
@@ -261,6 +262,8 @@ class Attention {
         const f32v scale = splat(1.0f / __builtin_sqrtf(float(dim_)));
         for (int64_t query = 0, row = 0; query < item.queries; ++query) {
             const float* from = queries_ + (item.row + query) * query_stride_ + head * group_ * dim_;
+            if (query + kQueriesAhead < item.queries)
+                prefetch(from + kQueriesAhead * query_stride_, group_ * dim_ * int64_t(sizeof(float)));
             for (int64_t i = 0; i < group_ * dim_; i += kLanes)
                 store(s.queries + row * dim_ + i, load<f32v>(from + i) * scale);
             for (const int64_t next = row + group_; row < next; ++row) {
@@ -443,12 +446,12 @@ class Attention {
 
     template <class T>
     void score(int64_t rows, const T* const* keys, const Scratch& s, int first, int last) const {
-        constexpr int kSize = kUnitSize<T>;
+        constexpr int kSize = kUnitSize<T>, kDeep = kDepth * kSize;
         auto* packed = reinterpret_cast<Unit<T>*>(s.panel);
         for (int panel = first; panel < last; panel += kPanel) {
             const int vectors = std::min(kPanel, last - panel) / kLanes;
-            for (int64_t d = 0; d < dim_; d += kDepth) {
-                const int64_t depth = std::min<int64_t>(kDepth, dim_ - d);
+            for (int64_t d = 0; d < dim_; d += kDeep) {
+                const int64_t depth = std::min<int64_t>(kDeep, dim_ - d);
                 for (int v = 0; v < vectors; ++v)
                     pack_keys(keys + (panel - first) + v * kLanes, d, depth, dim_, packed + v * kLanes);
                 for (int64_t row = 0; row < rows; row += kRows) {
@@ -466,12 +469,12 @@ class Attention {
 
     template <class T>
     void mix_packed(int64_t rows, const T* const* values, const Scratch& s, int first, int to, float* mixed) const {
-        constexpr int kSize = kUnitSize<T>;
+        constexpr int kSize = kUnitSize<T>, kDeep = kDepth * kSize;
         auto* packed = reinterpret_cast<Unit<T>*>(s.panel);
         for (int64_t d = 0; d < dim_; d += kPanel) {
             const int vectors = int(std::min<int64_t>(kPanel, dim_ - d)) / kLanes;
-            for (int key = first; key < to; key += kDepth) {
-                const int end = std::min(to, key + kDepth);
+            for (int key = first; key < to; key += kDeep) {
+                const int end = std::min(to, key + kDeep);
                 for (int k = key; k < end; k += kSize) {
                     for (int i = k; i < k + kSize; ++i)
                         prefetch(values[i - first + kAhead] + d, vectors * kLanes * int64_t(sizeof(T)));

@@ -24,7 +24,7 @@ constexpr int kRows = 6, kVectors = 2;
 constexpr int kRows = 3, kVectors = 3;
 #endif
 constexpr int kPanel = kVectors * kLanes;  // columns of a panel
-constexpr int kDepth = 64;                 // rows of a panel that a product takes at once
+constexpr int kDepth = 64;                 // rows of a panel, in units, that a product takes at once
 constexpr int kAhead = 64;                 // keys or values, in the order of reading, that are asked for before they are read
 
 // c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0. a and b are

@@ -88,7 +88,7 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
 
 void linear_fixed(const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
                   int64_t x_stride, float* y, int64_t y_stride) {
-    const Tiles tiles(rows, kIntTile);
+    const Tiles tiles = int_tiles(rows);
     const int64_t row_bytes = ceil_div(in, kChunk) * kChunk * int64_t(sizeof(int16_t));
     const int64_t groups = ceil_div(in, kFixedGroup);
     auto* values = static_cast<char*>(scratch(0, rows * (row_bytes + groups * int64_t(sizeof(float)))));
@@ -145,7 +145,7 @@ void linear(Format format, const void* packed, int64_t out, const float* bias, c
             int64_t y_stride) {
     const bool wide = format == Format::kInt8;
     TiledRows rows{x.tiles, reinterpret_cast<const char*>(x.values(0)), x.chunks * kChunkWords * 4,
-                   wide ? x.int8_starts(0) : x.sums(0), wide ? x.groups : x.chunks, x.scales(0), x.groups};
+                   wide ? x.int8_starts(0) : x.int4_starts(0), wide ? x.groups : x.chunks, x.scales(0), x.groups};
 #if defined(__AVX2__) && !defined(__AVX512F__)
     if (!wide) {
         rows.row_bytes = x.chunks * kChunk;

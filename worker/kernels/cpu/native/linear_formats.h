@@ -56,79 +56,65 @@ struct Float16 {
 };
 
 // Integer formats: a group of K that shares scales, the bytes and values of K of a step, the words that hold a step of
-// a row, and what a value of 1 stands for, in scales.
+// a row, what a value of 1 stands for, in scales, whether sums start from the rows' `starts`, and what loading a
+// group's weights takes.
 struct Int8 {
     static constexpr int64_t kGroup = kInt8Group, kStep = 128, kValues = 4, kWords = kActivationWords;
     static constexpr float kUnit = 1.0f;
+    static constexpr bool kStarts = true;
     using Weights = Quads;
-    static QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) {
+    QWIRE_INLINE Int8(const char*, int) {}
+    QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) const {
         at += pass * 4 * kWidth;
         low = quads(qwire::load<Ints>(at));
         high = quads(qwire::load<Ints>(at + 64));
     }
     static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
-    struct Zeros {
-        QWIRE_INLINE Zeros(const char*, int) {}
-        QWIRE_INLINE void start(const int32_t* from, Ints& low, Ints& high) const { low = high = broadcast(*from); }
-    };
 };
 
 #if defined(__AVX512VNNI__)
 struct FixedPoint {
     static constexpr int64_t kGroup = kFixedGroup, kStep = 128, kValues = 2, kWords = 1;
     static constexpr float kUnit = 1.0f;
+    static constexpr bool kStarts = false;
     using Weights = Halves;
-    static QWIRE_INLINE void load(const char* at, int, Halves& low, Halves& high) {
+    QWIRE_INLINE FixedPoint(const char*, int) {}
+    QWIRE_INLINE void load(const char* at, int, Halves& low, Halves& high) const {
         low = {qwire::load<Ints>(at)};
         high = {qwire::load<Ints>(at + 64)};
     }
     static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
-    struct Zeros {
-        QWIRE_INLINE Zeros(const char*, int) {}
-        QWIRE_INLINE void start(const int32_t*, Ints& low, Ints& high) const { low = high = Ints{}; }
-    };
 };
 #endif
 
-// Values count in sixteenths, so that they can stay in the high half of a byte and zero points be fractions: a weight
-// is scale / 16 * (16 q - 72 - 6 zero).
+// Values count in eighths, so that zero points can be fractions: a weight is scale / 8 * (8 q - 36 - 3 zero), and with
+// 128 added it is a byte, 47 to 212.
 struct Int4 {
     static constexpr int64_t kGroup = kInt4Group, kStep = 64, kValues = 4, kWords = kActivationWords;
-    static constexpr float kUnit = 1.0f / 16;
+    static constexpr float kUnit = 1.0f / 8;
+    static constexpr bool kStarts = true;
     using Weights = Quads;
-    static QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) {
-        const Ints both = qwire::load<Ints>(at + pass * 4 * kWidth);
-        low = quads((both << 4) & (int32_t)0xf0f0f0f0);
-        high = quads(both & (int32_t)0xf0f0f0f0);
+    QWIRE_INLINE Int4(const char* group, int pass) {
+        const Words both = qwire::load<Words>(group + pass * 4 * kWidth);
+        low_ = four(92 - 3 * (both & 15u));
+        high_ = four(92 - 3 * (both >> 16 & 15u));
+    }
+    QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) const {
+        const Words both = qwire::load<Words>(at + pass * 4 * kWidth);
+        low = quads((Ints)((both << 3 & 0x78787878u) + low_));
+        high = quads((Ints)((both >> 1 & 0x78787878u) + high_));
     }
     static QWIRE_INLINE Pair scales(const char* group, int pass) {
         const Words both = qwire::load<Words>(group + pass * 4 * kWidth);
         return {(Floats)((both & 0xfff0u) << 16), (Floats)(both & 0xfff00000u)};
     }
-    struct Zeros {
-        QWIRE_INLINE Zeros(const char* group, int pass) {
-            const Words both = qwire::load<Words>(group + pass * 4 * kWidth);
-            low = (Ints)(both & 15u);
-            high = (Ints)(both >> 16 & 15u);
-        }
-        QWIRE_INLINE void start(const int32_t* from, Ints& low_start, Ints& high_start) const {
-            const int32_t sum = *from;
-            const Ints base = broadcast(-72 * sum);
-            low_start = times(base, low, -6 * sum);
-            high_start = times(base, high, -6 * sum);
-        }
-        // base + zero * factor; the sum of a chunk is at most 32 * 127, so factor fits in 16 bits.
-        static QWIRE_INLINE Ints times(Ints base, Ints zero, int32_t factor) {
-#if defined(__AVX512VNNI__)
-            return dot_halves(base, zero, broadcast(factor));
-#elif defined(__AVX2__)
-            return dot_pairs(base, zero, factor);
-#else
-            return base + zero * broadcast(factor);
-#endif
-        }
-        Ints low, high;
-    };
+
+   private:
+    static QWIRE_INLINE Words four(Words byte) {
+        byte |= byte << 8;
+        return byte | byte << 16;
+    }
+    Words low_, high_;  // what a step's four bytes get added
 };
 
 // The rows of a product, tile by tile.
@@ -136,7 +122,7 @@ struct TiledRows {
     const Tiles& tiles;
     const char* values;     // [tile][chunk][tile rows][kChunk]: floats, activations or fixed-point values
     int64_t row_bytes;      // of `values`
-    // int8 and int4 only: QuantizedRows::int8_starts or sums, [tile][int8: group, int4: chunk][tile rows]
+    // int8 and int4 only: QuantizedRows::int8_starts or int4_starts, [tile][int8: group, int4: chunk][tile rows]
     const int32_t* starts;
     int64_t row_starts;     // of `starts`
     const float* scales;    // of integers only: [tile][group][tile rows]

@@ -27,11 +27,7 @@ uint32_t greatest(const float* from, int64_t size) {
         const u32v bits = load<u32v>(rest) & 0x7fffffffu;
         best = bits > best ? bits : best;
     }
-    const auto fold = [&](u32v other) __attribute__((always_inline)) { best = best > other ? best : other; };
-    u32v lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = uint32_t(i);
-#pragma GCC unroll 4
-    for (uint32_t apart = kLanes / 2; apart; apart /= 2) fold(__builtin_shuffle(best, lanes ^ apart));
+    best = fold(best, [](u32v a, u32v b) __attribute__((always_inline)) { return a > b ? a : b; });
     return best[0];
 }
 
@@ -81,13 +77,13 @@ int64_t QuantizedRows::bytes(int64_t rows, int64_t size) {
 }
 
 QuantizedRows::QuantizedRows(void* memory, int64_t rows, int64_t size)
-    : tiles(rows, kIntTile), size(size), chunks(chunks_of(size)), groups(groups_of(size)) {
+    : tiles(int_tiles(rows)), size(size), chunks(chunks_of(size)), groups(groups_of(size)) {
     auto* at = static_cast<char*>(memory);
     values_ = reinterpret_cast<int32_t*>(at);
     at += line(rows * chunks * kChunkWords * 4);
     int8_starts_ = reinterpret_cast<int32_t*>(at);
     at += line(rows * groups * 4);
-    sums_ = reinterpret_cast<int32_t*>(at);
+    int4_starts_ = reinterpret_cast<int32_t*>(at);
     at += line(rows * chunks * 4);
     scales_ = reinterpret_cast<float*>(at);
 }
@@ -98,8 +94,8 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     while (tiles.first(tile + 1) <= row) ++tile;
     const int64_t height = tiles.size(tile), index = row - tiles.first(tile);
     int32_t* values = values_ + (tiles.first(tile) * chunks + index) * kChunkWords;
-    int32_t* starts = int8_starts_ + tiles.first(tile) * groups + index;
-    int32_t* sums = sums_ + tiles.first(tile) * chunks + index;
+    int32_t* int8_starts = int8_starts_ + tiles.first(tile) * groups + index;
+    int32_t* int4_starts = int4_starts_ + tiles.first(tile) * chunks + index;
     float* scales = scales_ + tiles.first(tile) * groups + index;
 
     const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
@@ -142,11 +138,11 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
         for (int64_t i = count; i < kLanes; ++i) halves[i] = i32v{};
         int32_t lanes[kLanes];
         store(lanes, totals(halves));
-        for (int64_t i = 0; i < count; ++i) sums[(first + i) * height] = lanes[i];
+        for (int64_t i = 0; i < count; ++i) int4_starts[(first + i) * height] = kInt4Start * lanes[i];
         for (int64_t i = 0; i < count; i += kPerGroup) {
             int32_t group = 0;
             for (int64_t j = 0; j < kPerGroup; ++j) group += lanes[i + j];
-            starts[(first + i) / kPerGroup * height] = -128 * group;
+            int8_starts[(first + i) / kPerGroup * height] = -128 * group;
         }
     }
 }
@@ -181,11 +177,9 @@ void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, 
 }
 
 void quantize_rows(const QuantizedRows& to, const float* x, int64_t stride) {
-    constexpr int64_t kRowsPerTask = 4;  // fewer would cost more to share out than to do
-    const int64_t rows = to.tiles.rows;
-    parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-        const int64_t first = task * kRowsPerTask;
-        for (int64_t row = first; row < std::min(rows, first + kRowsPerTask); ++row) to.quantize(row, x + row * stride);
+    // By tiles: threads that took rows of one tile would write to the same cache lines.
+    parallel_for(to.tiles.count, [&](int64_t tile) {
+        for (int64_t row = to.tiles.first(tile); row < to.tiles.first(tile + 1); ++row) to.quantize(row, x + row * stride);
     });
 }
 

@@ -1,8 +1,8 @@
 // Rows of activations as signed bytes, in the layout that products with int8 and int4 weights read.
 //
 // Every 128 values of a row share a scale, absmax / 127, so that outliers cost only their neighbours precision; values are
-// rounded to the nearest, ties to even. A row's bytes depend on that row alone. Rows lie in tiles of up to kIntTile, which
-// a kernel holds in registers at once; a tile is cut along K into chunks of 32 values, [chunk][row][32], so that a row's
+// rounded to the nearest, ties to even. A row's bytes depend on that row alone. Rows lie in tiles, which a kernel
+// holds in registers at once (int_tiles); a tile is cut along K into chunks of 32 values, [chunk][row][32], so that a row's
 // values are written as they come and read side by side.
 #pragma once
 
@@ -26,14 +26,26 @@ struct Tiles {
     int64_t rows, count;
 };
 
+// Rows of integer products are one tile if there are up to kIntTile of them, which then read each weight once, else
+// tiles of up to kTileOfMany, which is how many keep their float sums in registers too: on Zen 5 a store of 512 bits takes
+// a cycle from the products.
 #if defined(__AVX512VNNI__)
-constexpr int kIntTile = 14;
+constexpr int kIntTile = 14, kTileOfMany = 7;
 #elif defined(__AVX512F__)
-constexpr int kIntTile = 12;
+constexpr int kIntTile = 12, kTileOfMany = 12;
 #elif defined(__AVX2__)
-constexpr int kIntTile = 6;
+constexpr int kIntTile = 6, kTileOfMany = 6;
 #else
-constexpr int kIntTile = 4;
+constexpr int kIntTile = 4, kTileOfMany = 4;
+#endif
+
+inline Tiles int_tiles(int64_t rows) { return {rows, rows <= kIntTile ? kIntTile : kTileOfMany}; }
+
+// int4 weights are unpacked to w + 128, but for AVX2, whose products take out zero points by the sum.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int32_t kInt4Start = 1;
+#else
+constexpr int32_t kInt4Start = -128;
 #endif
 
 // A buffer of quantized rows, as the caller's memory holds it.
@@ -51,8 +63,8 @@ class QuantizedRows {
     const int32_t* values(int64_t tile) const { return values_ + tiles.first(tile) * chunks * kChunkWords; }
     // What a sum starts from so that weights stored as w + 128 count as w: [groups][tile rows].
     const int32_t* int8_starts(int64_t tile) const { return int8_starts_ + tiles.first(tile) * groups; }
-    // The sum of each chunk, [chunks][tile rows].
-    const int32_t* sums(int64_t tile) const { return sums_ + tiles.first(tile) * chunks; }
+    // The same for a chunk and int4 weights, kInt4Start times the sum of its values: [chunks][tile rows].
+    const int32_t* int4_starts(int64_t tile) const { return int4_starts_ + tiles.first(tile) * chunks; }
     // [groups][tile rows]
     const float* scales(int64_t tile) const { return scales_ + tiles.first(tile) * groups; }
 
@@ -60,7 +72,7 @@ class QuantizedRows {
     const int64_t size, chunks, groups;
 
    private:
-    int32_t *values_, *int8_starts_, *sums_;
+    int32_t *values_, *int8_starts_, *int4_starts_;
     float* scales_;
 };
 
@@ -69,7 +81,7 @@ class QuantizedRows {
 constexpr int kFixedMost = 4095, kFixedBits = 12;
 constexpr int64_t kFixedGroup = 128;  // values of K that share a scale, of a weight and of a row
 
-// Rows as fixed-point values, to the nearest, ties to even, in tiles of up to kIntTile: `values` [chunks][tile
+// Rows as fixed-point values, to the nearest, ties to even, in tiles: `values` [chunks][tile
 // rows][kChunk], zeros beyond a row's end, and `scales` [groups][tile rows] of each tile, on all threads. A row's values
 // depend on that row alone; one that holds NaN or infinity yields no finite product.
 void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, int16_t* values, float* scales);

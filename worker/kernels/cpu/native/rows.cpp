@@ -21,6 +21,12 @@ void for_rows(int64_t rows, int64_t elements_a_row, F&& f) {
     });
 }
 
+// Asks for floats of the next row, some at a time while this one is worked on: those of a long prompt have left the caches,
+// and a processor by itself looks ahead too little. Beyond the last row it asks in vain.
+QWIRE_INLINE void prefetch(const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
 // The first `count` floats of a vector, zeros after them.
 QWIRE_INLINE f32v load_part(const float* from, int64_t count) {
     f32v x{};
@@ -125,16 +131,20 @@ QWIRE_INLINE void keep(const float* from, int64_t dim, void* pool, float* scales
 
 template <class T>
 void rope_row(const Rotation& r, int64_t row) {
-    const int64_t dim = r.head_dim;
-    const float* heads = r.qkv + row * (r.q_heads + 2 * r.kv_heads) * dim;
+    const int64_t dim = r.head_dim, width = (r.q_heads + 2 * r.kv_heads) * dim;
+    const float* heads = r.qkv + row * width;
     const float *cos = r.cos + row * (dim / 2), *sin = r.sin + row * (dim / 2);
-    for (int64_t head = 0; head < r.q_heads; ++head)
+    for (int64_t head = 0; head < r.q_heads; ++head) {
+        prefetch(heads + width + head * dim, dim);
         turn(heads + head * dim, r.q_norm, r.eps, cos, sin, r.out + (row * r.q_heads + head) * dim, dim);
+    }
     if (row >= r.tokens) return;
     alignas(64) float key[kMaxHeadDim];
     for (int64_t head = 0; head < r.kv_heads; ++head) {
         turn(heads + (r.q_heads + head) * dim, r.k_norm, r.eps, cos, sin, key, dim);
         const float* value = heads + (r.q_heads + r.kv_heads + head) * dim;
+        prefetch(heads + width + (r.q_heads + head) * dim, dim);
+        prefetch(value + width, dim);
         const int64_t slot = head * r.slots_a_head + r.slots[row];
         keep<T>(key, dim, r.keys, r.key_scales, slot);
         keep<T>(value, dim, r.values, r.value_scales, slot);
@@ -162,6 +172,8 @@ void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t size) {
     for_rows(rows, 4 * size, [&](int64_t row) {
         const float *gates = gate_up + row * 2 * size, *ups = gates + size;
         for_vectors(size, [&](int64_t i, auto load_some, auto store_some) {
+            prefetch(gates + 2 * size + i, kLanes);
+            prefetch(ups + 2 * size + i, kLanes);
             const f32v gate = load_some(gates + i);
             store_some(out + row * size + i, gate / (splat(1.0f) + exp(-gate)) * load_some(ups + i));
         });

@@ -93,21 +93,23 @@ QWIRE_INLINE u16v narrow_bf16(f32v x) {
     return __builtin_convertvector((i32v)(x == x) ? rounded : quiet, u16v);
 }
 
+// Folds a vector in halves: lane 0 is f of the lanes, by a tree in which lane i first meets lane i + kLanes / 2.
+template <class V, class F>
+QWIRE_INLINE V fold(V x, F&& f) {
+    u32v lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = uint32_t(i);
+#pragma GCC unroll 4
+    for (uint32_t apart = kLanes / 2; apart; apart /= 2) x = f(x, __builtin_shuffle(x, lanes ^ apart));
+    return x;
+}
+
 // The sum of all lanes, in one fixed order.
 QWIRE_INLINE float sum(f32v x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+    return fold(x, [](f32v a, f32v b) __attribute__((always_inline)) { return a + b; })[0];
 }
 
 QWIRE_INLINE float max(f32v x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
+    return fold(x, [](f32v a, f32v b) __attribute__((always_inline)) { return max(a, b); })[0];
 }
 
 // exp(x), within 2 ulp; 0 below -87.3. Cody and Waite's reduction, then a polynomial of degree 6.
