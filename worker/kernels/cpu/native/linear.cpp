@@ -114,7 +114,9 @@ int64_t panel_bytes(Format format, int64_t in) {
     const int64_t padded = ceil_div(in, kChunk) * kChunk;
     switch (format) {
         case Format::kFloat32: return padded * kPanel * 4;
-        case Format::kBfloat16: return (kFixedPoint ? ceil_div(in, kFixedGroup) * 64 : 0) + padded * kPanel * 2;
+        case Format::kBfloat16:
+            return kFixedPoint ? ceil_div(in, kFixedGroup) * 64 + padded / kFixedBlock * kFixedBlockBytes
+                               : padded * kPanel * 2;
         case Format::kFloat16: return padded * kPanel * 2;
         case Format::kInt8: return ceil_div(in, kInt8Group) * 64 + padded * kPanel;
         case Format::kInt4: return ceil_div(in, kInt4Group) * 64 + padded * kPanel / 2;
@@ -168,17 +170,16 @@ void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t c
             if (format == Format::kFloat32) {
                 row[k] = reinterpret_cast<const float*>(panel)[k * kPanel + column];
             } else if (kFixedPoint && format == Format::kBfloat16) {
-                const char* group = panel + k / kFixedGroup * panel_bytes(format, kFixedGroup);
+                const char* group = panel + k / kFixedGroup * kFixedGroupBytes;
                 const uint32_t word = reinterpret_cast<const uint16_t*>(group)[word_half(column)];
-                const auto* values = reinterpret_cast<const int16_t*>(group + 64 + k % kFixedGroup / 2 * 128);
-                row[k] = float(values[column * 2 + k % 2]) * widen(Format::kBfloat16, word);
+                row[k] = float(fixed_value(panel, column, k)) * widen(Format::kBfloat16, word);
             } else if (format == Format::kBfloat16 || format == Format::kFloat16) {
                 const int64_t at = k * kPanel + (format == Format::kBfloat16 ? word_half(column) : column);
                 row[k] = widen(format, reinterpret_cast<const uint16_t*>(panel)[at]);
             } else {
                 const bool wide = format == Format::kInt8;
                 const int64_t size = wide ? kInt8Group : kInt4Group;
-                const int64_t step = wide ? Int8::kStep : Int4::kStep;
+                const int64_t step = wide ? kPanel * 4 : kPanel * 2;  // bytes of four values of K
                 const char* group = panel + k / size * (64 + size / 4 * step);
                 const uint32_t word = reinterpret_cast<const uint16_t*>(group)[word_half(column)];
                 const char* values = group + 64 + k % size / 4 * step;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear.h"
+#include "linear_fixed.h"
 #include "registers.h"
 
 namespace qwire {
@@ -41,7 +42,7 @@ struct Float16 {
     }
     static QWIRE_INLINE Floats widen(const char* at) {
 #if defined(__AVX512F__)
-        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 #elif defined(__F16C__)
         return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 #else
@@ -55,17 +56,17 @@ struct Float16 {
     }
 };
 
-// Integer formats: a group of K that shares scales, the bytes and values of K of a step, the words that hold a step of
-// a row, what a value of 1 stands for, in scales, whether sums start from the rows' `starts`, and what loading a
-// group's weights takes.
+// Integer formats: a group of K that shares scales, steps that are loaded one after the other and their bytes, values of
+// K and words of a row that a step takes, what a value of 1 stands for, in scales, whether sums start from the rows'
+// `starts`, and what loading a group's weights takes.
 struct Int8 {
-    static constexpr int64_t kGroup = kInt8Group, kStep = 128, kValues = 4, kWords = kActivationWords;
+    static constexpr int64_t kGroup = kInt8Group, kSteps = 2, kBytes = 256, kValues = 4, kWords = kActivationWords;
     static constexpr float kUnit = 1.0f;
     static constexpr bool kStarts = true;
     using Weights = Quads;
     QWIRE_INLINE Int8(const char*, int) {}
-    QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) const {
-        at += pass * 4 * kWidth;
+    QWIRE_INLINE void load(const char* at, int step, int pass, Quads& low, Quads& high) const {
+        at += step * 128 + pass * 4 * kWidth;
         low = quads(qwire::load<Ints>(at));
         high = quads(qwire::load<Ints>(at + 64));
     }
@@ -74,23 +75,32 @@ struct Int8 {
 
 #if defined(__AVX512VNNI__)
 struct FixedPoint {
-    static constexpr int64_t kGroup = kFixedGroup, kStep = 128, kValues = 2, kWords = 1;
+    static constexpr int64_t kGroup = kFixedGroup, kSteps = kFixedSteps, kBytes = kFixedBlockBytes, kValues = 2, kWords = 1;
     static constexpr float kUnit = 1.0f;
     static constexpr bool kStarts = false;
     using Weights = Halves;
     QWIRE_INLINE FixedPoint(const char*, int) {}
-    QWIRE_INLINE void load(const char* at, int, Halves& low, Halves& high) const {
-        low = {qwire::load<Ints>(at)};
-        high = {qwire::load<Ints>(at + 64)};
+    QWIRE_INLINE void load(const char* at, int step, int, Halves& low, Halves& high) const {
+        unpack_fixed(at, step, low.words, high.words);
     }
     static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
+};
+
+// The same, unpacked: [k / 2][32 columns][2] of a group.
+struct FixedWords : FixedPoint {
+    static constexpr int64_t kSteps = 2, kBytes = 256;
+    using FixedPoint::FixedPoint;
+    QWIRE_INLINE void load(const char* at, int step, int, Halves& low, Halves& high) const {
+        low = {qwire::load<Ints>(at + step * 128)};
+        high = {qwire::load<Ints>(at + step * 128 + 64)};
+    }
 };
 #endif
 
 // Values count in eighths, so that zero points can be fractions: a weight is scale / 8 * (8 q - 36 - 3 zero), and with
 // 128 added it is a byte, 47 to 212.
 struct Int4 {
-    static constexpr int64_t kGroup = kInt4Group, kStep = 64, kValues = 4, kWords = kActivationWords;
+    static constexpr int64_t kGroup = kInt4Group, kSteps = 2, kBytes = 128, kValues = 4, kWords = kActivationWords;
     static constexpr float kUnit = 1.0f / 8;
     static constexpr bool kStarts = true;
     using Weights = Quads;
@@ -99,8 +109,8 @@ struct Int4 {
         low_ = four(92 - 3 * (both & 15u));
         high_ = four(92 - 3 * (both >> 16 & 15u));
     }
-    QWIRE_INLINE void load(const char* at, int pass, Quads& low, Quads& high) const {
-        const Words both = qwire::load<Words>(at + pass * 4 * kWidth);
+    QWIRE_INLINE void load(const char* at, int step, int pass, Quads& low, Quads& high) const {
+        const Words both = qwire::load<Words>(at + step * 64 + pass * 4 * kWidth);
         low = quads((Ints)((both << 3 & 0x78787878u) + low_));
         high = quads((Ints)((both >> 1 & 0x78787878u) + high_));
     }

@@ -111,6 +111,12 @@ struct SumsInMemory {
     QWIRE_INLINE void set(int row, int half, Floats sum) { store(sums + (2 * row + half) * kWidth, sum); }
 };
 
+// Cache lines of what is loaded at once that come before a step's share of them.
+template <class W>
+constexpr int64_t lines(int64_t step) {
+    return W::kBytes / 64 * step / W::kSteps;
+}
+
 // Sums are of integers within a group, and of floats over the groups: times their weights' and their rows' scales. Groups
 // that share their rows' scales are first added up times their weights' alone.
 template <class W, bool kStreams, int R>
@@ -136,25 +142,24 @@ void integer_product(const Product& p) {
             const W weights(group, pass);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = W::kStarts ? broadcast(starts[r]) : Ints{};
-            __builtin_prefetch(group + kNear, 0, 3);
-            if (kStreams) __builtin_prefetch(group + kFar, 0, 2);
+            __builtin_prefetch(group + (kStreams ? kFar : kNear), 0, kStreams ? 2 : 3);
             for (int64_t chunk = 0; chunk < kChunks && chunk < left; ++chunk, rows += R * kWords) {
                 if (!kStreams) ahead = prefetch_chunk(p, ahead);
-#pragma GCC unroll 2
-                for (int k = 0; k < kChunk / W::kValues; ++k) {
-                    typename W::Weights low, high;
-                    weights.load(at, pass, low, high);
-                    for (int i = 0; i < W::kStep; i += 64) {
-                        __builtin_prefetch(at + kNear + i, 0, 3);
-                        if (kStreams) __builtin_prefetch(at + kFar + i, 0, 2);
-                    }
+                for (int k = 0; k < kChunk / W::kValues; k += W::kSteps, at += W::kBytes) {
+#pragma GCC unroll 8
+                    for (int step = 0; step < W::kSteps; ++step) {
+                        typename W::Weights low, high;
+                        weights.load(at, step, pass, low, high);
+                        for (int64_t i = lines<W>(step); i < lines<W>(step + 1); ++i)
+                            __builtin_prefetch(at + (kStreams ? kFar : kNear) + i * 64, 0, kStreams ? 2 : 3);
+                        asm volatile("" ::: "memory");  // else g++ puts all prefetches in one place
 #pragma GCC unroll 16
-                    for (int r = 0; r < R; ++r) {
-                        const int32_t* x = rows + r * kWords + k * W::kWords;
-                        sums[r][0] = dot(sums[r][0], low, x);
-                        sums[r][1] = dot(sums[r][1], high, x);
+                        for (int r = 0; r < R; ++r) {
+                            const int32_t* x = rows + r * kWords + (k + step) * W::kWords;
+                            sums[r][0] = dot(sums[r][0], low, x);
+                            sums[r][1] = dot(sums[r][1], high, x);
+                        }
                     }
-                    at += W::kStep;
                 }
             }
             const Pair scales = W::scales(group, pass);
@@ -202,6 +207,29 @@ constexpr std::array<Kernel, sizeof...(R)> integer_kernels(std::integer_sequence
     return {integer_product<W, kStreams, R + 1>...};
 }
 
+#if defined(__AVX512VNNI__)
+// Of bfloat16 that more tiles than this meet, a panel is unpacked once.
+constexpr int64_t kPackedTiles = 5;
+
+int64_t unpacked_bytes(int64_t in) { return ceil_div(in, kFixedGroup) * (64 + kFixedGroup * kPanel * 2); }
+
+void unpack_panel(const char* panel, int64_t in, char* to) {
+    for (int64_t k = 0; k < in; k += kFixedGroup, panel += 64, to += 64) {
+        store(to, load<Ints>(panel));
+        for (int64_t left = std::min(kFixedGroup, ceil_div(in - k, kChunk) * kChunk); left > 0; left -= kFixedBlock) {
+#pragma GCC unroll 8
+            for (int step = 0; step < kFixedSteps; ++step) {
+                Ints low, high;
+                unpack_fixed(panel + 64, step, low, high);
+                store(to + 64 + step * 128, low);
+                store(to + 128 + step * 128, high);
+            }
+            panel += kFixedBlockBytes, to += kFixedSteps * 128;
+        }
+    }
+}
+#endif
+
 // By rows of the tile, less one.
 template <bool kStreams>
 const Kernel* kernels(Format format) {
@@ -240,6 +268,15 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
     p.columns = panel.columns;
     p.past_caches = rows.tiles.rows * row_bytes > kPastCaches && (uintptr_t(panel.y) | uintptr_t(row_bytes)) % 64 == 0;
     p.advance = ceil_div(bytes, count * p.chunks);
+#if defined(__AVX512VNNI__)
+    if (panel.format == Format::kBfloat16 && count > kPackedTiles) {
+        static constexpr auto of_words = integer_kernels<FixedWords, false>(std::make_integer_sequence<int, kTileOfMany>());
+        auto* unpacked = static_cast<char*>(scratch(2, unpacked_bytes(panel.in)));
+        unpack_panel(panel.weights, panel.in, unpacked);
+        p.panel = unpacked;
+        by_rows = of_words.data();
+    }
+#endif
     for (int64_t tile = first; tile < last; ++tile) {
         const int64_t row = rows.tiles.first(tile);
         // With one tile weights stream past; with several the panel stays in the level-2 cache, and each brings in its

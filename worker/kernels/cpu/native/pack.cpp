@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "linear.h"
+#include "linear_fixed.h"
 #include "pages.h"
 #include "pool.h"
 
@@ -157,12 +158,37 @@ uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_
     return finite ? uint16_t(exponent << 7) : uint16_t(0x7fc0);
 }
 
+// Two blocks of linear_fixed.h, merged into what is there; `words(column)`: two values of K of each of 16 steps.
+template <class Words>
+QWIRE_INLINE void store_fixed(char* to, Words&& words) {
+    static_assert(kBlock == 2 * kFixedSteps);
+    const auto merge = [](char* at, u32x16 x) { store(at, load<u32x16>(at) | x); };
+    u32x16 high[16], low[16];  // low: of each value, those of a low column's and a high one's together
+    for (int column = 0; column < 16; ++column) {
+        const u32x16 a = words(column), b = words(column + 16);
+        high[column] = (a >> 5 & 0x00ff00ffu) | (b << 3 & 0xff00ff00u);
+        low[column] = (a & 0x001f001fu) | (b & 0x001f001fu) << 5;
+    }
+    transpose(high);
+    transpose(low);
+    for (int i = 0; i < 2; ++i, to += kFixedBlockBytes) {
+        u32x16 lows[kFixedLows] = {};
+        for (int step = 0; step < kFixedSteps; ++step) {
+            merge(to + fixed_high(step), high[i * kFixedSteps + step]);
+            for (int half = 0; half < 2; ++half) {
+                const u32x16 own = low[i * kFixedSteps + step] >> uint32_t(half * 5) & 0x001f001fu;
+                const int vector = 2 * step + half;
+                if (vector < 3 * kFixedLows) lows[vector / 3] |= own << uint32_t(vector % 3 * 5);
+                else for (uint32_t j = 0; j < kFixedLows; ++j) lows[j] |= (own >> j & 0x00010001u) << 15;
+            }
+        }
+        for (int j = 0; j < kFixedLows; ++j) merge(to + fixed_low(j), lows[j]);
+    }
+}
+
 void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format source, const void* data) {
     const int64_t size = source == Format::kFloat32 ? 4 : 2;
-    const int64_t group_bytes = panel_bytes(Format::kBfloat16, kFixedGroup);
     const auto fix_panel = [&](char* panel, const Rows& rows, int64_t) {
-        alignas(64) char waste[128];
-        char* steps[kBlock];
         alignas(64) int16_t values[kPanel][kFixedGroup] = {};
         for (int64_t group = 0; group * kFixedGroup < in; ++group) {
             const int64_t k = group * kFixedGroup;
@@ -170,16 +196,14 @@ void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format s
             uint16_t scales[kPanel] = {};
             for (int column = rows.begin; column < rows.end; ++column)
                 scales[column] = fix(source, rows, column, k * size, size, padded, values[column]);
-            store_scales(panel + group * group_bytes, rows, group,
+            store_scales(panel + group * kFixedGroupBytes, rows, group,
                          [&](int64_t i, int64_t) { return scales[rows.begin + i]; });
-            for (int64_t step = 0; step < padded / 2; step += kBlock) {
-                find_steps(steps, panel + group * group_bytes + 64, step, padded / 2, 128, 0, waste);
+            char* block = panel + group * kFixedGroupBytes + 64;
+            for (int64_t step = 0; step < padded / 2; step += kBlock, block += kBlock / kFixedSteps * kFixedBlockBytes) {
                 const auto words = [&](int column) __attribute__((always_inline)) {
                     return load<u32x16>(values[column] + step * 2);
                 };
-                store_block(steps, words);
-                for (char*& at : steps) at += 64;
-                store_block(steps, [&](int column) { return words(column + 16); });
+                store_fixed(block, words);
             }
         }
     };
