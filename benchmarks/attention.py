@@ -22,7 +22,7 @@ import torch
 from worker.kernels import KVCache, RaggedBatch
 from worker.kernels.cpu import attention, native, rows, select
 
-LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 28, 16, 8, 128, 1024, 3072, 151_936
+LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 28, 16, 8, 128, 1024, 151_936
 BLOCK = 16
 DECODES = ((1, 128), (1, 512), (1, 2048), (1, 8192), (8, 160), (16, 96))
 """Sequences, positions of each."""
@@ -109,7 +109,6 @@ def small(module: ModuleType, count: int) -> dict[str, Callable[[], None]]:
     shape = (KV_HEADS, blocks, BLOCK, HEAD_DIM)
     caches = [KVCache(*(torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))) for _ in range(LAYERS)]
     slots = torch.randperm(blocks * BLOCK)[:count]
-    gate_up, activated = torch.randn(count, 2 * INNER), torch.empty(count, INNER)
 
     def norms() -> None:
         for _ in range(2 * LAYERS + 1):
@@ -119,11 +118,7 @@ def small(module: ModuleType, count: int) -> dict[str, Callable[[], None]]:
         for cache in caches:
             rows.rope_and_cache(module, qkv, cos, sin, cache, slots, norm, norm, 1e-6, queries)
 
-    def activations() -> None:
-        for _ in range(LAYERS):
-            rows.silu_mul(module, gate_up, activated)
-
-    return {"rms_norm": norms, "rope_and_cache": rotations, "silu_mul": activations}
+    return {"rms_norm": norms, "rope_and_cache": rotations}
 
 
 @click.command(help=__doc__)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worker.engine.plan import Chunk, StepPlan
 from worker.kernels import KVCache, choose_kernels, usable_cpus
+from worker.kernels.reference.dense import silu_mul
 from worker.model import ModelConfig, ModelError, load_model
 from worker.model.layers import Linear
 from worker.model.plan import MERGED
@@ -56,7 +57,7 @@ class _Watched(Linear):
         self.moments = torch.zeros(columns, columns)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        rows = x.to(torch.float32)
+        rows = (silu_mul(x) if self.watched.gated else x).to(torch.float32)
         self.moments.addmm_(rows.t(), rows)
         return self.watched(x, out)
 

@@ -13,6 +13,7 @@ from tests.helpers.native_modules import instruction_sets
 from worker.kernels import quantized
 from worker.kernels.cpu import linear, native
 from worker.kernels.cpu.linear import Format, PackedLinear, Packer
+from worker.kernels.reference import dense
 
 FLOATS: dict[Format, torch.dtype] = {
     "float32": torch.float32,
@@ -233,15 +234,40 @@ def test_fixed_point_weights(kernels: ModuleType) -> None:
     assert not product[4:33].any()
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_rows_quantized_before(kernels: ModuleType, format: Format) -> None:  # noqa: A002
-    packed, _ = made(kernels, format, 64, 200, bias=True)
-    x = torch.randn(19, 256)[:, :200]
-    rows = linear.empty_rows(kernels, 19, 200)
-    linear.quantize_rows(kernels, x, rows)
-    out = torch.zeros(19, 80)[:, :64]
-    assert linear.linear_quantized(kernels, rows, packed, out) is out
-    assert torch.equal(out, linear.linear(kernels, x, packed))
+def gated(module: ModuleType, gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of each row, as a product with 1 gives it back."""
+    size = gate_up.shape[1] // 2
+    return linear.linear(module, gate_up, linear.pack(module, torch.eye(size)), gated=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 13, 40])
+@pytest.mark.parametrize("size", [1, 31, 328])
+def test_gated_rows(kernels: ModuleType, rows: int, size: int) -> None:
+    gate_up = torch.randn(rows, 2 * size + 3)[:, 2:-1] * 8
+    wanted = dense.silu_mul(gate_up)
+    got = gated(kernels, gate_up)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(gated(kernels, gate_up[-1:]), got[-1:])
+
+
+def test_gates_at_the_ends_of_float32(kernels: ModuleType) -> None:
+    gates = torch.tensor([[-3e38], [-200.0], [-88.0], [-0.0], [0.0], [88.0], [3e38], [torch.inf]])
+    gate_up = torch.cat((gates, torch.ones(8, 1)), 1)
+    got = linear.linear(kernels, gate_up, linear.pack(kernels, torch.ones(1, 1)), gated=True)
+    torch.testing.assert_close(got[1:], dense.silu_mul(gate_up)[1:])
+    assert -3.0 < float(got[0]) <= 0.0  # exp stops short of infinity
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_product_of_gated_rows(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    """The same bits as of rows that were gated before, on one thread and two."""
+    packed, _ = made(kernels, format, 72, 328, bias=True)
+    gate_up = torch.randn(43, 656)
+    wanted = linear.linear(kernels, gated(kernels, gate_up), packed)
+    for rows in (1, 5, 16, 43):
+        assert torch.equal(linear.linear(kernels, gate_up[:rows], packed, gated=True), wanted[:rows])
+    kernels.set_threads(2, [])
+    assert torch.equal(linear.linear(kernels, gate_up, packed, gated=True), wanted)
 
 
 def test_wrong_shapes_are_refused(kernels: ModuleType) -> None:
@@ -254,8 +280,8 @@ def test_wrong_shapes_are_refused(kernels: ModuleType) -> None:
         linear.linear(kernels, torch.zeros(1, 16), packed, torch.zeros(2, 32))
     with pytest.raises(ValueError, match="int64"):
         linear.embed(kernels, torch.zeros(1), packed)
-    with pytest.raises(ValueError, match="don't fit"):
-        linear.linear_quantized(kernels, linear.empty_rows(kernels, 1, 16), packed)
+    with pytest.raises(ValueError, match="rows of 32"):
+        linear.linear(kernels, torch.zeros(1, 16), packed, gated=True)
     with pytest.raises(ValueError, match="bias"):
         linear.pack(kernels, torch.zeros(4, 4), torch.zeros(5))
     with pytest.raises(ValueError, match="rows and columns"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.native_modules import each_isa, module
 from worker.kernels import KVCache, ReferenceKernels
-from worker.kernels.cpu.rows import rms_norm, rope_and_cache, silu_mul
+from worker.kernels.cpu.rows import rms_norm, rope_and_cache
 
 REFERENCE = ReferenceKernels()
 
@@ -34,25 +34,6 @@ def test_rms_norm(isa: str, rows: int, size: int, with_residual: bool) -> None:
         again, same = rms_norm(module(isa), x, weight, 1e-6, residual, x, residual)
         assert again is x and same is residual
         assert torch.equal(x, got) and torch.equal(residual, total)
-
-
-@each_isa
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 900))
-def test_silu_mul(isa: str, rows: int, size: int) -> None:
-    gate_up = torch.randn(rows, 2 * size) * 8
-    got = silu_mul(module(isa), gate_up)
-    torch.testing.assert_close(got, REFERENCE.silu_mul(gate_up), rtol=1e-5, atol=1e-6)
-    assert torch.equal(silu_mul(module(isa, 2), gate_up), got)
-    assert torch.equal(silu_mul(module(isa), gate_up[-1:]), got[-1:])
-
-
-@each_isa
-def test_silu_at_the_ends_of_float32(isa: str) -> None:
-    gates = torch.tensor([-3e38, -200.0, -88.0, -0.0, 0.0, 88.0, 3e38, torch.inf])
-    got = silu_mul(module(isa), torch.stack((gates, torch.ones(8))).view(1, 16))[0]
-    torch.testing.assert_close(got[1:], REFERENCE.silu_mul(torch.stack((gates, torch.ones(8))).view(1, 16))[0, 1:])
-    assert -3.0 < float(got[0]) <= 0.0  # exp stops short of infinity
 
 
 @each_isa
@@ -143,8 +124,6 @@ def test_what_they_refuse() -> None:
         rms_norm(native, x, torch.zeros(31), 1e-6)
     with pytest.raises(ValueError, match="residual"):
         rms_norm(native, x, torch.zeros(32), 1e-6, torch.zeros(2, 32, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="gate_up"):
-        silu_mul(native, torch.zeros(4, 64)[:, :32])
     cache = KVCache(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))
     half = torch.zeros(2, 8)
     with pytest.raises(ValueError, match="can't split"):

@@ -185,6 +185,10 @@ class Kernels(Protocol):
         """[T, in] to [T, out]: x @ weight.T + bias."""
         ...
 
+    def gated_linear(self, gate_up: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
+        """`linear` of silu(gate) * up: [T, 2 * in], gate then up, to [T, out]."""
+        ...
+
     def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         """int64 ids [T] to the weight's rows, [T, in]."""
         ...
@@ -232,10 +236,6 @@ class Kernels(Protocol):
         A query at position p reads positions max(0, p - window + 1) to p of its sequence. Scale is D^-0.5; arithmetic
         is float32. Dummy rows come back as zeros.
         """
-        ...
-
-    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, 2 * N], gate then up, to silu(gate) * up, [T, N]."""
         ...
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:

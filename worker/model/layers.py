@@ -53,6 +53,9 @@ class Matrix(Layer):
 class Linear(Matrix):
     """x @ weight.T + bias, over one stored weight or several merged ones."""
 
+    gated = False
+    """Whether rows are given as gate and up side by side, and silu(gate) * up is multiplied."""
+
     def __init__(self, kernels: Kernels, *parts: Part) -> None:
         self.kernels, self.parts = kernels, parts
 
@@ -63,12 +66,13 @@ class Linear(Matrix):
 class RowLinear(Linear):
     """A linear layer whose ranks each hold some of the input features; their products are summed over the group."""
 
-    def __init__(self, kernels: Kernels, group: Group, part: Part) -> None:
+    def __init__(self, kernels: Kernels, group: Group, part: Part, gated: bool = False) -> None:
         super().__init__(kernels, part)
-        self.group = group
+        self.group, self.gated = group, gated
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.group.sum(self.kernels.linear(x, self.prepared, out))
+        multiply = self.kernels.gated_linear if self.gated else self.kernels.linear
+        return self.group.sum(multiply(x, self.prepared, out))
 
 
 class RMSNorm(Layer):

@@ -106,17 +106,15 @@ class MLP(Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, group: Group) -> None:
-        self.kernels = kernels
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(kernels, Part((inner, hidden), inner), Part((inner, hidden), inner))
-        self.down_proj = RowLinear(kernels, group, Part((hidden, inner), inner))
+        self.down_proj = RowLinear(kernels, group, Part((hidden, inner), inner), gated=True)
         self.inner_size = Shard(group.rank, group.world).local(inner, "intermediate_size")
 
     def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
         rows, take = x.shape[0], step.buffers.take
         gate_up = self.gate_up_proj(x, take("gate_up", rows, 2 * self.inner_size))
-        gated = self.kernels.silu_mul(gate_up, take("gated", rows, self.inner_size))
-        return self.down_proj(gated, take("hidden", rows, x.shape[1]))
+        return self.down_proj(gate_up, take("hidden", rows, x.shape[1]))
 
 
 class DecoderLayer(Module):

@@ -70,6 +70,9 @@ class CpuKernels:
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.linear(self.native, x, prepared, out)
 
+    def gated_linear(self, gate_up: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
+        return linear.linear(self.native, gate_up, prepared, out, gated=True)
+
     def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.embed(self.native, ids, prepared, out)
 
@@ -102,9 +105,6 @@ class CpuKernels:
         self, queries: Tensor, cache: KVCache, plan: AttentionPlan, window: int | None, out: Tensor | None = None
     ) -> Tensor:
         return attention.paged_attention(self.native, queries, cache, plan, window, out)
-
-    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-        return rows.silu_mul(self.native, gate_up, out)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return sampling.sample(logits, batch, self._selection)

@@ -127,15 +127,19 @@ def gather_pages(module: ModuleType, packed: PackedLinear) -> bool:
     return done
 
 
-def linear(module: ModuleType, x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor:
+def linear(
+    module: ModuleType, x: Tensor, packed: PackedLinear, out: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """float32 [T, K] to float32 [T, N]: x @ weight.T + bias. A row's bits depend on that row alone.
 
     The last dimension of `x` and `out` must be dense; rows may be apart. With int8 and int4 weights, each row of `x` is
-    quantized to 8 bits, with a scale for every 128 values.
+    quantized to 8 bits, with a scale for every 128 values. `gated`: x is [T, 2 * K], gate then up, and silu(gate) * up
+    meets the weight.
     """
     rows, width = x.shape
-    if width != packed.in_features or x.dtype != torch.float32 or x.stride(1) != 1:
-        raise ValueError(f"linear takes float32 rows of {packed.in_features}, got {x.dtype} {list(x.shape)}")
+    wanted = packed.in_features * (2 if gated else 1)
+    if width != wanted or x.dtype != torch.float32 or x.stride(1) != 1:
+        raise ValueError(f"linear takes float32 rows of {wanted}, got {x.dtype} {list(x.shape)}")
     if out is None:
         out = torch.empty(rows, packed.out_features)
     elif out.shape != (rows, packed.out_features) or out.dtype != torch.float32 or out.stride(1) != 1:
@@ -144,11 +148,12 @@ def linear(module: ModuleType, x: Tensor, packed: PackedLinear, out: Tensor | No
         packed.code,
         packed.address,
         packed.out_features,
-        width,
+        packed.in_features,
         packed.bias_address,
         rows,
         x.data_ptr(),
         x.stride(0),
+        gated,
         out.data_ptr(),
         out.stride(0),
     )
@@ -174,57 +179,3 @@ def embed(module: ModuleType, ids: Tensor, packed: PackedLinear, out: Tensor | N
         out.data_ptr(),
     )
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedRows:
-    """Activations [T, K] as signed bytes with a scale for every 128, in the layout that integer products read.
-
-    Several products may read the same rows; other kernels may fill it. Its layout belongs to the module that made it.
-    """
-
-    rows: int
-    size: int
-    data: Tensor
-    """uint8."""
-
-
-def empty_rows(module: ModuleType, rows: int, size: int) -> QuantizedRows:
-    """Room for `rows` rows of `size`."""
-    return QuantizedRows(rows, size, _aligned(module.quantized_rows_bytes(rows, size)))
-
-
-def quantize_rows(module: ModuleType, x: Tensor, to: QuantizedRows) -> None:
-    """Fills `to` from float32 [T, K]."""
-    if x.shape != (to.rows, to.size) or x.dtype != torch.float32 or x.stride(1) != 1:
-        raise ValueError(f"quantize_rows takes float32 [{to.rows}, {to.size}], got {x.dtype} {list(x.shape)}")
-    module.quantize_rows(to.data.data_ptr(), to.rows, to.size, x.data_ptr(), x.stride(0))
-
-
-def linear_quantized(module: ModuleType, x: QuantizedRows, packed: PackedLinear, out: Tensor | None = None) -> Tensor:
-    """`linear` of rows already quantized, for int8 and int4 weights; the same bits."""
-    if x.size != packed.in_features or packed.format not in ("int8", "int4"):
-        raise ValueError(f"rows of {x.size} in 8 bits don't fit a {packed.format} weight of {packed.in_features}")
-    if out is None:
-        out = torch.empty(x.rows, packed.out_features)
-    elif out.shape != (x.rows, packed.out_features) or out.dtype != torch.float32 or out.stride(1) != 1:
-        raise ValueError(f"out must be float32 [{x.rows}, {packed.out_features}], got {out.dtype} {list(out.shape)}")
-    module.linear_quantized(
-        packed.code,
-        packed.address,
-        packed.out_features,
-        packed.in_features,
-        packed.bias_address,
-        x.rows,
-        x.data.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-    )
-    return out
-
-
-def _aligned(nbytes: int) -> Tensor:
-    """At a cache line's start."""
-    room = torch.empty(nbytes + 63, dtype=torch.uint8)
-    skip = -room.data_ptr() % 64
-    return room[skip : skip + nbytes]

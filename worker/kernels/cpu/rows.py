@@ -92,12 +92,3 @@ def rope_and_cache(
         _check("out", out, rows, q_heads, head_dim),
     )
     return out
-
-
-def silu_mul(native: ModuleType, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """See `Kernels.silu_mul`. float32 [T, 2 * N] to [T, N]."""
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    if out is None:
-        out = torch.empty(rows, size)
-    native.silu_mul(_check("gate_up", gate_up, rows, 2 * size), _check("out", out, rows, size), rows, size)
-    return out

@@ -140,6 +140,9 @@ class CudaKernels:
             return self._ops.linear(x, prepared.weight, prepared.bias, out)
         return linear.dense(x, prepared, out, fixed_rows=self._deterministic)
 
+    def gated_linear(self, gate_up: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
+        return self.linear(self.silu_mul(gate_up), prepared, out)
+
     def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.embed(ids, prepared)
 
@@ -187,6 +190,7 @@ class CudaKernels:
         return out
 
     def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, 2 * N], gate then up, to silu(gate) * up, [T, N]."""
         if out is None:
             out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         return self._ops.silu_mul(gate_up, out)

@@ -50,6 +50,9 @@ class ReferenceKernels:
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return dense.linear(x, prepared)
 
+    def gated_linear(self, gate_up: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
+        return dense.linear(dense.silu_mul(gate_up), prepared)
+
     def embed(self, ids: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return dense.embed(ids, prepared)
 
@@ -80,7 +83,8 @@ class ReferenceKernels:
     ) -> Tensor:
         return attention.paged_attention(queries, cache, plan, window)
 
-    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 * N], gate then up, to silu(gate) * up, [T, N]."""
         return dense.silu_mul(gate_up)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -61,17 +61,18 @@ void multiply(Format format, const void* packed, int64_t out, int64_t in, const 
 }
 
 void linear_floats(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows,
-                   const float* x, int64_t x_stride, float* y, int64_t y_stride) {
+                   const FloatRows& x, float* y, int64_t y_stride) {
     const Tiles tiles(rows, kFloatTile);
     const int64_t row_size = ceil_div(in, kChunk) * kChunk;
-    const float* tiled = x;
-    if (rows > 1 || row_size > in) {  // else the row is a tile as it stands
+    const float* tiled = x.x;
+    if (rows > 1 || row_size > in || x.gated) {  // else the row is a tile as it stands
         auto* to = static_cast<float*>(scratch(0, rows * row_size * int64_t(sizeof(float))));
         tiled = to;
         parallel_for(tiles.count, [&](int64_t tile) {
             const int64_t height = tiles.size(tile);
+            auto* room = static_cast<float*>(scratch(1, x.gated ? in * int64_t(sizeof(float)) : 0));
             for (int64_t r = 0; r < height; ++r) {
-                const float* from = x + (tiles.first(tile) + r) * x_stride;
+                const float* from = x.row(tiles.first(tile) + r, in, room);
                 float* row = to + tiles.first(tile) * row_size + r * kChunk;
                 for (int64_t k = 0; k < in; k += kChunk) {
                     const int64_t size = in - k < kChunk ? in - k : kChunk;
@@ -86,16 +87,34 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
              y_stride);
 }
 
-void linear_fixed(const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
-                  int64_t x_stride, float* y, int64_t y_stride) {
+void linear_fixed(const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const FloatRows& x, float* y,
+                  int64_t y_stride) {
     const Tiles tiles = int_tiles(rows);
     const int64_t row_bytes = ceil_div(in, kChunk) * kChunk * int64_t(sizeof(int16_t));
     const int64_t groups = ceil_div(in, kFixedGroup);
     auto* values = static_cast<char*>(scratch(0, rows * (row_bytes + groups * int64_t(sizeof(float)))));
     auto* scales = reinterpret_cast<float*>(values + rows * row_bytes);
-    fix_rows(tiles, in, x, x_stride, reinterpret_cast<int16_t*>(values), scales);
+    fix_rows(tiles, in, x, reinterpret_cast<int16_t*>(values), scales);
     multiply(Format::kBfloat16, packed, out, in, bias, {tiles, values, row_bytes, nullptr, 0, scales, groups}, y,
              y_stride);
+}
+
+void linear_quantized(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows,
+                      const FloatRows& x, float* y, int64_t y_stride) {
+    const QuantizedRows to(scratch(0, QuantizedRows::bytes(rows, in)), rows, in);
+    quantize_rows(to, x);
+    const bool wide = format == Format::kInt8;
+    TiledRows tiled{to.tiles, reinterpret_cast<const char*>(to.values(0)), to.chunks * kChunkWords * 4,
+                    wide ? to.int8_starts(0) : to.int4_starts(0), wide ? to.groups : to.chunks, to.scales(0), to.groups};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (!wide) {
+        tiled.row_bytes = to.chunks * kChunk;
+        auto* bytes = static_cast<char*>(scratch(3, rows * tiled.row_bytes));
+        bytes_of(to.values(0), rows * to.chunks * kChunkWords, bytes);
+        tiled.values = bytes;
+    }
+#endif
+    multiply(format, packed, out, in, bias, tiled, y, y_stride);
 }
 
 // Where a panel's 16-bit value of one column stands, among the 32 of a step.
@@ -130,33 +149,12 @@ Pieces panels(Format format, const void* packed, int64_t out, int64_t in) {
     return {static_cast<const char*>(packed), ceil_div(out, kPanel), panel_bytes(format, in)};
 }
 
-void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
-            int64_t x_stride, float* y, int64_t y_stride) {
-    if (kFixedPoint && format == Format::kBfloat16)
-        return linear_fixed(packed, out, in, bias, rows, x, x_stride, y, y_stride);
-    if (format != Format::kInt8 && format != Format::kInt4) {
-        linear_floats(format, packed, out, in, bias, rows, x, x_stride, y, y_stride);
-        return;
-    }
-    const QuantizedRows quantized(scratch(0, QuantizedRows::bytes(rows, in)), rows, in);
-    quantize_rows(quantized, x, x_stride);
-    linear(format, packed, out, bias, quantized, y, y_stride);
-}
-
-void linear(Format format, const void* packed, int64_t out, const float* bias, const QuantizedRows& x, float* y,
-            int64_t y_stride) {
-    const bool wide = format == Format::kInt8;
-    TiledRows rows{x.tiles, reinterpret_cast<const char*>(x.values(0)), x.chunks * kChunkWords * 4,
-                   wide ? x.int8_starts(0) : x.int4_starts(0), wide ? x.groups : x.chunks, x.scales(0), x.groups};
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (!wide) {
-        rows.row_bytes = x.chunks * kChunk;
-        auto* bytes = static_cast<char*>(scratch(3, x.tiles.rows * rows.row_bytes));
-        bytes_of(x.values(0), x.tiles.rows * x.chunks * kChunkWords, bytes);
-        rows.values = bytes;
-    }
-#endif
-    multiply(format, packed, out, x.size, bias, rows, y, y_stride);
+void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const FloatRows& x,
+            float* y, int64_t y_stride) {
+    if (kFixedPoint && format == Format::kBfloat16) return linear_fixed(packed, out, in, bias, rows, x, y, y_stride);
+    if (format == Format::kInt8 || format == Format::kInt4)
+        return linear_quantized(format, packed, out, in, bias, rows, x, y, y_stride);
+    linear_floats(format, packed, out, in, bias, rows, x, y, y_stride);
 }
 
 void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t count, const int64_t* ids, float* y) {

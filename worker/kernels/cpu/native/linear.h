@@ -51,12 +51,9 @@ void pack_int8(void* packed, int64_t in, int64_t first, int64_t count, const int
 void pack_int4(void* packed, int64_t in, int64_t first, int64_t count, const uint8_t* q, const uint16_t* scale,
                const uint8_t* zero);
 
-// `x` and `y` have `x_stride` and `y_stride` floats from row to row. `bias` may be null.
-void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const float* x,
-            int64_t x_stride, float* y, int64_t y_stride);
-// The same, of rows already quantized; int8 and int4 only.
-void linear(Format format, const void* packed, int64_t out, const float* bias, const QuantizedRows& x, float* y,
-            int64_t y_stride);
+// `y` has `y_stride` floats from row to row. `bias` may be null.
+void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const FloatRows& x,
+            float* y, int64_t y_stride);
 
 // Row ids[i] of W as floats, into y [count, in]. Throws std::out_of_range for an id outside [0, out).
 void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t count, const int64_t* ids, float* y);

@@ -129,10 +129,6 @@ void rope_and_cache(Address qkv, Address cos, Address sin, Address q_norm, Addre
     });
 }
 
-void silu_mul(Address gate_up, Address out, int64_t rows, int64_t size) {
-    Program::make([=] { qwire::silu_mul(at<const float>(gate_up), at<float>(out), rows, size); });
-}
-
 void argmax(Address logits, int64_t rows, int64_t size, Address ids) {
     Program::leave_out();
     const py::gil_scoped_release unlocked;
@@ -196,28 +192,11 @@ void def_linear(py::module_& module) {
     module.def(
         "linear",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,
-           int64_t x_stride, Address y, int64_t y_stride) {
+           int64_t x_stride, bool gated, Address y, int64_t y_stride) {
             Program::make(
                 [=] {
-                    qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows, at<float>(x), x_stride,
-                                  at<float>(y), y_stride);
-                },
-                qwire::panels(Format(format), at(packed), out, in));
-        });
-    module.def(
-        "quantize_rows",
-        [](Address memory, int64_t rows, int64_t size, Address x, int64_t x_stride) {
-            Program::make([=] { qwire::quantize_rows({at(memory), rows, size}, at<float>(x), x_stride); });
-        });
-    module.def("quantized_rows_bytes", &qwire::QuantizedRows::bytes);
-    module.def(
-        "linear_quantized",
-        [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address memory,
-           Address y, int64_t y_stride) {
-            Program::make(
-                [=] {
-                    qwire::linear(Format(format), at(packed), out, at<float>(bias), {at(memory), rows, in},
-                                  at<float>(y), y_stride);
+                    qwire::linear(Format(format), at(packed), out, in, at<float>(bias), rows,
+                                  {at<float>(x), x_stride, gated}, at<float>(y), y_stride);
                 },
                 qwire::panels(Format(format), at(packed), out, in));
         });
@@ -247,7 +226,6 @@ PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("paged_attention", &paged_attention);
     module.def("rms_norm", &rms_norm);
     module.def("rope_and_cache", &rope_and_cache);
-    module.def("silu_mul", &silu_mul);
     module.def("argmax", &argmax);
     module.def("top_values", &top_values);
     module.def("total_mass", &total_mass);

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "pool.h"
+#include "rows.h"
 
 namespace qwire {
 namespace {
@@ -69,6 +70,13 @@ QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 }
 
 }  // namespace
+
+const float* FloatRows::row(int64_t row, int64_t size, float* room) const {
+    const float* from = x + row * stride;
+    if (!gated) return from;
+    silu_mul(from, from + stride, room, size);
+    return room;
+}
 
 int64_t QuantizedRows::bytes(int64_t rows, int64_t size) {
     const int64_t chunks = chunks_of(size);
@@ -147,13 +155,14 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     }
 }
 
-void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, int16_t* values, float* scales) {
+void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* values, float* scales) {
     const int64_t chunks = chunks_of(size), groups = groups_of(size);
     const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
     parallel_for(tiles.count, [&](int64_t tile) {
         const int64_t height = tiles.size(tile), first = tiles.first(tile);
+        auto* room = static_cast<float*>(scratch(1, x.gated ? size * int64_t(sizeof(float)) : 0));
         for (int64_t r = 0; r < height; ++r) {
-            const float* from = x + (first + r) * stride;
+            const float* from = x.row(first + r, size, room);
             int16_t* row = values + first * chunks * kChunk + r * kChunk;
             f32v inverse{};
             for (int64_t k = 0; k < size; k += kChunk) {
@@ -176,10 +185,12 @@ void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, 
     });
 }
 
-void quantize_rows(const QuantizedRows& to, const float* x, int64_t stride) {
+void quantize_rows(const QuantizedRows& to, const FloatRows& x) {
     // By tiles: threads that took rows of one tile would write to the same cache lines.
     parallel_for(to.tiles.count, [&](int64_t tile) {
-        for (int64_t row = to.tiles.first(tile); row < to.tiles.first(tile + 1); ++row) to.quantize(row, x + row * stride);
+        auto* room = static_cast<float*>(scratch(1, x.gated ? to.size * int64_t(sizeof(float)) : 0));
+        for (int64_t row = to.tiles.first(tile); row < to.tiles.first(tile + 1); ++row)
+            to.quantize(row, x.row(row, to.size, room));
     });
 }
 

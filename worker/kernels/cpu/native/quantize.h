@@ -48,6 +48,17 @@ constexpr int32_t kInt4Start = 1;
 constexpr int32_t kInt4Start = -128;
 #endif
 
+// Rows of floats, `stride` from one to the next: as they lie or, where they are gated, silu(gate) * up of the gates and the
+// ups that lie side by side in each.
+struct FloatRows {
+    const float* x;
+    int64_t stride;
+    bool gated = false;
+
+    // A row of `size`, in `room` where it has to be made.
+    const float* row(int64_t row, int64_t size, float* room) const;
+};
+
 // A buffer of quantized rows, as the caller's memory holds it.
 class QuantizedRows {
    public:
@@ -84,9 +95,9 @@ constexpr int64_t kFixedGroup = 128;  // values of K that share a scale, of a we
 // Rows as fixed-point values, to the nearest, ties to even, in tiles: `values` [chunks][tile
 // rows][kChunk], zeros beyond a row's end, and `scales` [groups][tile rows] of each tile, on all threads. A row's values
 // depend on that row alone; one that holds NaN or infinity yields no finite product.
-void fix_rows(const Tiles& tiles, int64_t size, const float* x, int64_t stride, int16_t* values, float* scales);
+void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* values, float* scales);
 
-// All rows, on all threads; `x` has `stride` floats from row to row.
-void quantize_rows(const QuantizedRows& to, const float* x, int64_t stride);
+// All rows, on all threads.
+void quantize_rows(const QuantizedRows& to, const FloatRows& x);
 
 }  // namespace qwire

@@ -168,15 +168,13 @@ void rope_and_cache(const Rotation& rotation) {
     });
 }
 
-void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t size) {
-    for_rows(rows, 4 * size, [&](int64_t row) {
-        const float *gates = gate_up + row * 2 * size, *ups = gates + size;
-        for_vectors(size, [&](int64_t i, auto load_some, auto store_some) {
-            prefetch(gates + 2 * size + i, kLanes);
-            prefetch(ups + 2 * size + i, kLanes);
-            const f32v gate = load_some(gates + i);
-            store_some(out + row * size + i, gate / (splat(1.0f) + exp(-gate)) * load_some(ups + i));
-        });
+void silu_mul(const float* gate_up, const float* next, float* out, int64_t size) {
+    const float *gates = gate_up, *ups = gates + size;
+    for_vectors(size, [&](int64_t i, auto load_some, auto store_some) {
+        prefetch(next + i, kLanes);
+        prefetch(next + size + i, kLanes);
+        const f32v gate = load_some(gates + i);
+        store_some(out + i, gate / (splat(1.0f) + exp(-gate)) * load_some(ups + i));
     });
 }
 

@@ -36,7 +36,7 @@ struct Rotation {
 constexpr int64_t kMaxHeadDim = 1024;
 void rope_and_cache(const Rotation& rotation);
 
-// [rows, 2 * size], gate then up, to silu(gate) * up, [rows, size].
-void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t size);
+// A row [2 * size], gate then up, to silu(gate) * up, [size]. `next`: the row that is read after it, to be asked for.
+void silu_mul(const float* gate_up, const float* next, float* out, int64_t size);
 
 }  // namespace qwire
