@@ -15,7 +15,8 @@ constexpr int kFloatTile = kRegisters == 32 ? 14 : 6;
 // Up to this many rows, the float sums of integer products do too.
 constexpr int kRegisterTile = kRegisters == 32 ? 7 : 2;
 constexpr int64_t kMostRows = INT64_MAX;  // at a time
-// Weights are prefetched twice: kFar ahead into the level-2 cache, then so many bytes ahead into the level-1 cache.
+// Weights that stream past are asked for kFar ahead, into the level-2 cache; what lies there, and floats, so many bytes
+// ahead into the level-1 cache. Doing both for integers cost 3 to 10% of one row on Zen 5.
 constexpr int64_t kNear = 768;
 // Outputs of more bytes go past the caches, which hold no more, when they are read next: on Zen 4 the lines that stores
 // brought in first took 5 to 8% of a prefill.
@@ -152,7 +153,8 @@ void integer_product(const Product& p) {
                         weights.load(at, step, pass, low, high);
                         for (int64_t i = lines<W>(step); i < lines<W>(step + 1); ++i)
                             __builtin_prefetch(at + (kStreams ? kFar : kNear) + i * 64, 0, kStreams ? 2 : 3);
-                        asm volatile("" ::: "memory");  // else g++ puts all prefetches in one place
+                        // Else g++ puts all prefetches in one place, and stores sums a second time for the next group.
+                        asm volatile("" ::: "memory");
 #pragma GCC unroll 16
                         for (int r = 0; r < R; ++r) {
                             const int32_t* x = rows + r * kWords + (k + step) * W::kWords;
@@ -163,7 +165,6 @@ void integer_product(const Product& p) {
                 }
             }
             const Pair scales = W::scales(group, pass);
-            if constexpr (!kInRegisters || kShare) asm("" : "+r"(memory) :: "memory");
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const Floats low = __builtin_convertvector(sums[r][0], Floats);
