@@ -34,12 +34,12 @@ RETRIES = (
 
 
 def test_a_live_duplicate_is_refused_and_the_first_goes_on(tiny: RunningStack, client: Client) -> None:
-    first = client.generate(token_ids=[1, 2, 3], max_tokens=200, ignore_eos=True, request_id="once")
+    first = client.generate(token_ids=[1, 2, 3], max_tokens=3000, ignore_eos=True, request_id="once")
     next(first)
     with pytest.raises(QwireError) as caught:
         client.generate(token_ids=[1, 2, 3], max_tokens=5, request_id="once").start()
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.ALREADY_EXISTS, Reason.DUPLICATE_REQUEST_ID)
-    assert len(first.read().token_ids) == 200
+    assert len(first.read().token_ids) == 3000
     again = client.generate(token_ids=[1, 2, 3], max_tokens=5, ignore_eos=True, request_id="once")
     assert len(again.read().token_ids) == 5
 
