@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before gRPC is imported. Its notices are written from threads that it waits for as the process ends: where nobody
+# reads standard error, `qwire up` would never end.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 import click
 
 from qwire import __version__

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 
+import qwire.cli  # noqa: F401  # sets what gRPC writes, before it is imported
 from qwire.stack import Commands, RestartPolicy, Stack, StackConfig, StackError, serve
 
 
