@@ -158,7 +158,7 @@ def test_timeout(server: FakeServer, read: Callable[..., Outcome]) -> None:
     assert error is not None
     assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert server.remaining[0] is not None
-    assert server.remaining[0] < 0.4  # gRPC rounds up on the way
+    assert server.remaining[0] <= 0.31  # gRPC rounds up to milliseconds on the way
 
 
 def test_no_server(read: Callable[..., Outcome]) -> None:
