@@ -79,12 +79,6 @@ constexpr int mix_vectors([[maybe_unused]] int m) {
 #endif
 }
 
-// Asks for the bytes [from, from + count) of a row, into the second-level cache: on Zen 4 random blocks of 4 KB came in
-// at 10 GB/s a thread so, and at 6, no faster than without asking, into the first-level one.
-QWIRE_INLINE void prefetch(const void* from, int64_t count) {
-    for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
-}
-
 // A vector of units of values, the k-th along `values`, from d on.
 template <class T>
 QWIRE_INLINE Units<T> value_units(const T* const* values, int64_t k, int64_t d) {

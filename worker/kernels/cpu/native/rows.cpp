@@ -23,9 +23,7 @@ void for_rows(int64_t rows, int64_t elements_a_row, F&& f) {
 
 // Asks for floats of the next row, some at a time while this one is worked on: those of a long prompt have left the caches,
 // and a processor by itself looks ahead too little. Beyond the last row it asks in vain.
-QWIRE_INLINE void prefetch(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i, 0, 2);
-}
+QWIRE_INLINE void prefetch_floats(const float* from, int64_t count) { prefetch(from, count * int64_t(sizeof(float))); }
 
 // The first `count` floats of a vector, zeros after them.
 QWIRE_INLINE f32v load_part(const float* from, int64_t count) {
@@ -135,7 +133,7 @@ void rope_row(const Rotation& r, int64_t row) {
     const float* heads = r.qkv + row * width;
     const float *cos = r.cos + row * (dim / 2), *sin = r.sin + row * (dim / 2);
     for (int64_t head = 0; head < r.q_heads; ++head) {
-        prefetch(heads + width + head * dim, dim);
+        prefetch_floats(heads + width + head * dim, dim);
         turn(heads + head * dim, r.q_norm, r.eps, cos, sin, r.out + (row * r.q_heads + head) * dim, dim);
     }
     if (row >= r.tokens) return;
@@ -143,8 +141,8 @@ void rope_row(const Rotation& r, int64_t row) {
     for (int64_t head = 0; head < r.kv_heads; ++head) {
         turn(heads + (r.q_heads + head) * dim, r.k_norm, r.eps, cos, sin, key, dim);
         const float* value = heads + (r.q_heads + r.kv_heads + head) * dim;
-        prefetch(heads + width + (r.q_heads + head) * dim, dim);
-        prefetch(value + width, dim);
+        prefetch_floats(heads + width + (r.q_heads + head) * dim, dim);
+        prefetch_floats(value + width, dim);
         const int64_t slot = head * r.slots_a_head + r.slots[row];
         keep<T>(key, dim, r.keys, r.key_scales, slot);
         keep<T>(value, dim, r.values, r.value_scales, slot);
@@ -171,8 +169,8 @@ void rope_and_cache(const Rotation& rotation) {
 void silu_mul(const float* gate_up, const float* next, float* out, int64_t size) {
     const float *gates = gate_up, *ups = gates + size;
     for_vectors(size, [&](int64_t i, auto load_some, auto store_some) {
-        prefetch(next + i, kLanes);
-        prefetch(next + size + i, kLanes);
+        prefetch_floats(next + i, kLanes);
+        prefetch_floats(next + size + i, kLanes);
         const f32v gate = load_some(gates + i);
         store_some(out + i, gate / (splat(1.0f) + exp(-gate)) * load_some(ups + i));
     });

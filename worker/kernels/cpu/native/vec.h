@@ -56,6 +56,12 @@ QWIRE_INLINE void finish_past_caches() {
 #endif
 }
 
+// Asks for the bytes [from, from + count), into the second-level cache: on Zen 4 random blocks of 4 KB came in at 10 GB/s a
+// thread so, and at 6, no faster than without asking, into the first-level one.
+QWIRE_INLINE void prefetch(const void* from, int64_t count) {
+    for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
 // A difference, because x - 0 is x: the compiler may drop it, which it may not with x + 0 (-0 + 0 is 0).
 QWIRE_INLINE f32v splat(float x) { return x - f32v{}; }
 
