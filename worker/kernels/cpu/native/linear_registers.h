@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "linear_formats.h"
@@ -29,7 +30,9 @@ struct Product {
     const void* rows;       // [chunk][tile rows][kChunk]: floats, QuantizedRows::values or fixed-point values
     const int32_t* starts;  // int8 and int4 only: QuantizedRows::int8_starts or int4_starts
     const float* scales;    // integer only
-    float* sums;            // integer only: room for [2][tile rows][32]
+    // Integer only: [tile rows][32] that a block of K leaves to the next one, and room for as many.
+    float *sums, *room;
+    bool first, last;  // of the blocks
     const float* bias;      // [columns], or null
     float* y;
     int64_t y_stride;
@@ -94,22 +97,36 @@ void float_product(const Product& p) {
     }
 }
 
-// Float sums of a tile, two vectors a row.
+// Float sums of a tile, two vectors a row, with room in memory for them: where they begin if they are `kept` from the block
+// before, and where they go for the next one.
 template <int R>
 struct SumsInRegisters {
     Floats sums[R][2] = {};
+    float* memory;
+    QWIRE_INLINE SumsInRegisters(float* memory, bool kept) : memory(memory) {
+        if (!kept) return;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+            for (int half = 0; half < 2; ++half) sums[r][half] = load<Floats>(memory + (2 * r + half) * kWidth);
+    }
     QWIRE_INLINE Floats get(int row, int half) const { return sums[row][half]; }
     QWIRE_INLINE void set(int row, int half, Floats sum) { sums[row][half] = sum; }
+    QWIRE_INLINE void keep() const {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+            for (int half = 0; half < 2; ++half) store(memory + (2 * r + half) * kWidth, sums[r][half]);
+    }
 };
 
 template <int R>
 struct SumsInMemory {
-    float* sums;
-    QWIRE_INLINE explicit SumsInMemory(float* memory) : sums(memory) {
-        for (int i = 0; i < 2 * R; ++i) store(sums + i * kWidth, Floats{});
+    float* memory;
+    QWIRE_INLINE SumsInMemory(float* memory, bool kept) : memory(memory) {
+        for (int i = 0; i < 2 * R && !kept; ++i) store(memory + i * kWidth, Floats{});
     }
-    QWIRE_INLINE Floats get(int row, int half) const { return load<Floats>(sums + (2 * row + half) * kWidth); }
-    QWIRE_INLINE void set(int row, int half, Floats sum) { store(sums + (2 * row + half) * kWidth, sum); }
+    QWIRE_INLINE Floats get(int row, int half) const { return load<Floats>(memory + (2 * row + half) * kWidth); }
+    QWIRE_INLINE void set(int row, int half, Floats sum) { store(memory + (2 * row + half) * kWidth, sum); }
+    QWIRE_INLINE void keep() const {}
 };
 
 // Cache lines of what is loaded at once that come before a step's share of them.
@@ -127,13 +144,10 @@ void integer_product(const Product& p) {
     for (int pass = 0; pass < kPasses; ++pass) {
         const char *at = p.panel, *ahead = p.ahead;
         const int32_t *rows = static_cast<const int32_t*>(p.rows), *starts = p.starts;
-        float* memory = p.sums;
-        const auto sums_for = [&](auto in_registers) __attribute__((always_inline)) {
-            if constexpr (in_registers) return SumsInRegisters<R>();
-            else return SumsInMemory<R>(std::exchange(memory, memory + R * 2 * kWidth));
-        };
-        auto shared = sums_for(std::bool_constant<kInRegisters>());  // unless kShare, unused
-        auto own = sums_for(std::bool_constant<kInRegisters && !kShare>());
+        using Shared = std::conditional_t<kInRegisters, SumsInRegisters<R>, SumsInMemory<R>>;  // unless kShare, unused
+        using Own = std::conditional_t<kInRegisters && !kShare, SumsInRegisters<R>, SumsInMemory<R>>;
+        Shared shared(p.room, false);
+        Own own(p.sums + pass * R * 2 * kWidth, !p.first);
         for (int64_t left = p.chunks; left > 0; left -= kChunks, starts += R) {
             const char* group = at;
             const int64_t chunks_before = p.chunks - left;
@@ -188,6 +202,10 @@ void integer_product(const Product& p) {
                 }
             }
         }
+        if (!p.last) {
+            own.keep();
+            continue;
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             put(p, r, pass * kWidth, own.get(r, 0) * W::kUnit);
@@ -209,42 +227,55 @@ constexpr std::array<Kernel, sizeof...(R)> integer_kernels(std::integer_sequence
 }
 
 #if defined(__AVX512VNNI__)
-// Of bfloat16 that more tiles than this meet, a panel is unpacked once.
-constexpr int64_t kPackedTiles = 5;
-
-int64_t unpacked_bytes(int64_t in) { return ceil_div(in, kFixedGroup) * (64 + kFixedGroup * kPanel * 2); }
-
-void unpack_panel(const char* panel, int64_t in, char* to) {
-    for (int64_t k = 0; k < in; k += kFixedGroup, panel += 64, to += 64) {
-        store(to, load<Ints>(panel));
-        for (int64_t left = std::min(kFixedGroup, ceil_div(in - k, kChunk) * kChunk); left > 0; left -= kFixedBlock) {
+// `chunks` of a panel's weights, for as many tiles as read them: Intel's processors unpack with what they multiply with, so
+// that each tile for itself took up to a quarter of the time.
+template <class W>
+const char* unpack(const char* from, int64_t chunks) {
+    constexpr int64_t kStepValues = W::kSteps * W::kValues, kStepBytes = W::kSteps * 128;
+    const int64_t size = chunks * kChunk, groups = ceil_div(size, W::kGroup);
+    auto* unpacked = static_cast<char*>(scratch(2, groups * 64 + size / W::kValues * 128));
+    char* to = unpacked;
+    for (int64_t k = 0; k < size; k += W::kGroup) {
+        const W weights(from, 0);
+        store(to, load<Ints>(from));
+        from += 64, to += 64;
+        const int64_t end = std::min(k + W::kGroup, size);
+        for (int64_t at = k; at < end; at += kStepValues, from += W::kBytes, to += kStepBytes) {
 #pragma GCC unroll 8
-            for (int step = 0; step < kFixedSteps; ++step) {
-                Ints low, high;
-                unpack_fixed(panel + 64, step, low, high);
-                store(to + 64 + step * 128, low);
-                store(to + 128 + step * 128, high);
+            for (int step = 0; step < W::kSteps; ++step) {
+                typename W::Weights low, high;
+                weights.load(from, step, 0, low, high);
+                store(to + step * 128, low);
+                store(to + step * 128 + 64, high);
             }
-            panel += kFixedBlockBytes, to += kFixedSteps * 128;
         }
     }
+    return unpacked;
 }
+
+// Weights as one tile meets them, or several.
+template <class W, bool kStreams>
+using Met = std::conditional_t<kStreams, W, Unpacked<W>>;
+// Up to so many tiles take a block of K that fits in the level-1 cache before the next one: on Emerald Rapids 5 to 12% of 15 to
+// 35 rows. More would wait for their sums.
+constexpr int64_t kBlockedTiles = 5, kBlockBytes = 8192;
 #endif
 
 // By rows of the tile, less one.
 template <bool kStreams>
 const Kernel* kernels(Format format) {
     using FloatTiles = std::make_integer_sequence<int, kFloatTile>;
-    using IntTiles = std::make_integer_sequence<int, kIntTile>;
+    using IntTiles = std::make_integer_sequence<int, kStreams ? kIntTile : kTileOfMany>;
     static constexpr auto float32 = float_kernels<Float32, kStreams>(FloatTiles());
-#if defined(__AVX512VNNI__)
-    static constexpr auto bfloat16 = integer_kernels<FixedPoint, kStreams>(IntTiles());
-#else
-    static constexpr auto bfloat16 = float_kernels<Bfloat16, kStreams>(FloatTiles());
-#endif
     static constexpr auto float16 = float_kernels<Float16, kStreams>(FloatTiles());
     static constexpr auto int8 = integer_kernels<Int8, kStreams>(IntTiles());
+#if defined(__AVX512VNNI__)
+    static constexpr auto bfloat16 = integer_kernels<Met<FixedPoint, kStreams>, kStreams>(IntTiles());
+    static constexpr auto int4 = integer_kernels<Met<Int4, kStreams>, kStreams>(IntTiles());
+#else
+    static constexpr auto bfloat16 = float_kernels<Bfloat16, kStreams>(FloatTiles());
     static constexpr auto int4 = integer_kernels<Int4, kStreams>(IntTiles());
+#endif
     switch (format) {
         case Format::kFloat32: return float32.data();
         case Format::kBfloat16: return bfloat16.data();
@@ -257,37 +288,43 @@ const Kernel* kernels(Format format) {
 
 // The panel times the tiles [first, last).
 inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t first, int64_t last) {
-    const int64_t row_bytes = panel.y_stride * int64_t(sizeof(float)), bytes = panel_bytes(panel.format, panel.in);
-    const int64_t count = last - first;
+    const int64_t row_bytes = panel.y_stride * int64_t(sizeof(float));
+    const int64_t count = last - first, chunks = ceil_div(panel.in, kChunk), first_row = rows.tiles.first(first);
     const Kernel* by_rows = count == 1 ? kernels<true>(panel.format) : kernels<false>(panel.format);
+    int64_t block = chunks;
+#if defined(__AVX512VNNI__)
+    const bool fixed = panel.format == Format::kBfloat16, unpacks = count > 1 && (fixed || panel.format == Format::kInt4);
+    if (unpacks && count <= kBlockedTiles) block = kBlockBytes / (kChunk * kPanel * (fixed ? 2 : 1));
+#endif
+    const bool blocked = block < chunks;
+    const int64_t sums = blocked ? rows.tiles.first(last) - first_row : kIntTile;  // rows of them
     Product p{};
-    p.panel = panel.weights;
-    p.chunks = ceil_div(panel.in, kChunk);
-    p.sums = static_cast<float*>(scratch(1, 2 * kIntTile * kPanel * sizeof(float)));
+    p.room = static_cast<float*>(scratch(1, (kIntTile + sums) * kPanel * int64_t(sizeof(float))));
     p.bias = panel.bias;
     p.y_stride = panel.y_stride;
     p.columns = panel.columns;
     p.past_caches = rows.tiles.rows * row_bytes > kPastCaches && (uintptr_t(panel.y) | uintptr_t(row_bytes)) % 64 == 0;
-    p.advance = ceil_div(bytes, count * p.chunks);
+    for (int64_t chunk = 0; chunk < chunks; chunk += block) {
+        p.chunks = std::min(block, chunks - chunk);
+        p.first = chunk == 0, p.last = chunk + block >= chunks;
+        p.panel = panel.weights + panel_bytes(panel.format, chunk * kChunk);
+        const int64_t bytes = panel_bytes(panel.format, p.chunks * kChunk);
+        p.advance = ceil_div(bytes, count * p.chunks);
+        // With one tile weights stream past; with several the block stays in a cache, and each brings in its share of another.
+        const char* ahead = blocked ? p.panel + 2 * bytes : panel.next;
 #if defined(__AVX512VNNI__)
-    if (panel.format == Format::kBfloat16 && count > kPackedTiles) {
-        static constexpr auto of_words = integer_kernels<FixedWords, false>(std::make_integer_sequence<int, kTileOfMany>());
-        auto* unpacked = static_cast<char*>(scratch(2, unpacked_bytes(panel.in)));
-        unpack_panel(panel.weights, panel.in, unpacked);
-        p.panel = unpacked;
-        by_rows = of_words.data();
-    }
+        if (unpacks) p.panel = fixed ? unpack<FixedPoint>(p.panel, p.chunks) : unpack<Int4>(p.panel, p.chunks);
 #endif
-    for (int64_t tile = first; tile < last; ++tile) {
-        const int64_t row = rows.tiles.first(tile);
-        // With one tile weights stream past; with several the panel stays in the level-2 cache, and each brings in its
-        // share of the next one.
-        p.ahead = panel.next + bytes * (tile - first) / count;
-        p.rows = rows.values + row * rows.row_bytes;
-        if (rows.starts) p.starts = rows.starts + row * rows.row_starts;
-        if (rows.scales) p.scales = rows.scales + row * rows.row_scales;
-        p.y = panel.y + row * panel.y_stride;
-        by_rows[rows.tiles.size(tile) - 1](p);
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int64_t row = rows.tiles.first(tile), size = rows.tiles.size(tile);
+            p.ahead = ahead + bytes * (tile - first) / count;
+            p.rows = rows.values + row * rows.row_bytes + chunk * size * (rows.row_bytes / chunks);
+            if (rows.starts) p.starts = rows.starts + row * rows.row_starts + chunk * size;  // int4's, else chunk is 0
+            if (rows.scales) p.scales = rows.scales + row * rows.row_scales + chunk * kChunk / kRowGroup * size;
+            p.sums = p.room + (kIntTile + (blocked ? row - first_row : 0)) * kPanel;
+            p.y = panel.y + row * panel.y_stride;
+            by_rows[size - 1](p);
+        }
     }
     if (p.past_caches) finish_past_caches();
 }

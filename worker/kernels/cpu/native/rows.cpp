@@ -25,6 +25,13 @@ void for_rows(int64_t rows, int64_t elements_a_row, F&& f) {
 // and a processor by itself looks ahead too little. Beyond the last row it asks in vain.
 QWIRE_INLINE void prefetch_floats(const float* from, int64_t count) { prefetch(from, count * int64_t(sizeof(float))); }
 
+// Asks for a vector's slot, which stores would wait for one after the other.
+template <class T>
+QWIRE_INLINE void prefetch_slot(const void* pool, const float* scales, int64_t dim, int64_t slot) {
+    prefetch(static_cast<const T*>(pool) + slot * dim, dim * int64_t(sizeof(T)));
+    if constexpr (kScaled<T>) prefetch_floats(scales + slot, 1);
+}
+
 // The first `count` floats of a vector, zeros after them.
 QWIRE_INLINE f32v load_part(const float* from, int64_t count) {
     f32v x{};
@@ -132,6 +139,11 @@ void rope_row(const Rotation& r, int64_t row) {
     const int64_t dim = r.head_dim, width = (r.q_heads + 2 * r.kv_heads) * dim;
     const float* heads = r.qkv + row * width;
     const float *cos = r.cos + row * (dim / 2), *sin = r.sin + row * (dim / 2);
+    const auto slot = [&](int64_t head) { return head * r.slots_a_head + r.slots[row]; };
+    for (int64_t head = 0; head < r.kv_heads && row < r.tokens; ++head) {
+        prefetch_slot<T>(r.keys, r.key_scales, dim, slot(head));
+        prefetch_slot<T>(r.values, r.value_scales, dim, slot(head));
+    }
     for (int64_t head = 0; head < r.q_heads; ++head) {
         prefetch_floats(heads + width + head * dim, dim);
         turn(heads + head * dim, r.q_norm, r.eps, cos, sin, r.out + (row * r.q_heads + head) * dim, dim);
@@ -143,9 +155,8 @@ void rope_row(const Rotation& r, int64_t row) {
         const float* value = heads + (r.q_heads + r.kv_heads + head) * dim;
         prefetch_floats(heads + width + (r.q_heads + head) * dim, dim);
         prefetch_floats(value + width, dim);
-        const int64_t slot = head * r.slots_a_head + r.slots[row];
-        keep<T>(key, dim, r.keys, r.key_scales, slot);
-        keep<T>(value, dim, r.values, r.value_scales, slot);
+        keep<T>(key, dim, r.keys, r.key_scales, slot(head));
+        keep<T>(value, dim, r.values, r.value_scales, slot(head));
     }
 }
 
