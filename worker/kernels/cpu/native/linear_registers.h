@@ -245,6 +245,8 @@ const char* unpack(const char* from, int64_t chunks) {
             for (int step = 0; step < W::kSteps; ++step) {
                 typename W::Weights low, high;
                 weights.load(from, step, 0, low, high);
+                for (int64_t i = lines<W>(step); i < lines<W>(step + 1); ++i)
+                    __builtin_prefetch(from + kNear + i * 64, 0, 3);
                 store(to + step * 128, low);
                 store(to + step * 128 + 64, high);
             }
