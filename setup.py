@@ -14,8 +14,10 @@ from setuptools import setup
 NATIVE = Path("worker/kernels/cpu/native")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+VNNI = [*AVX512, "-mavx512vnni"]
 INSTRUCTION_SETS = {
-    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_amx": [*VNNI, "-mamx-tile", "-mamx-int8"],
+    "avx512_vnni": VNNI,
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": [],

@@ -146,14 +146,15 @@ def bench(runner: TorchRunner, case: Case, limits: Limits, max_step_tokens: int)
 
 def _product_limit(limits: Limits, runner: TorchRunner) -> float:
     """Operations a second that products with these weights can reach: quantized ones are multiplied as bytes, bfloat16
-    ones as words, half as many at a time, where the kernels keep them in fixed point."""
+    ones as words or digits, which take two or three times that, where the kernels keep them in fixed point."""
     if limits.int8_op_per_s is None:
         return limits.flop_per_s
     if runner.quantization != "none":
         return limits.int8_op_per_s
-    kernels = runner.kernels
-    words = kernels.name == "cpu" and runner.dtype == torch.bfloat16 and native.load(kernels.isa)[1].fixed_point
-    return limits.int8_op_per_s / 2 if words else limits.flop_per_s
+    if runner.kernels.name != "cpu" or runner.dtype != torch.bfloat16:
+        return limits.flop_per_s
+    _, module = native.load(runner.kernels.isa)
+    return limits.int8_op_per_s / module.fixed_products if module.fixed_point else limits.flop_per_s
 
 
 def _ignore(report: StepReport) -> None:

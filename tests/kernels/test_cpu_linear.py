@@ -21,7 +21,10 @@ FLOATS: dict[Format, torch.dtype] = {
     "float16": torch.float16,
 }
 FORMATS: list[Format] = [*FLOATS, "int8", "int4"]
-SHAPES = [(1, 1, 1), (1, 64, 32), (2, 130, 33), (5, 7, 31), (14, 256, 64), (17, 1000, 40), (64, 96, 96), (3, 1024, 257)]
+SHAPES = [
+    *((1, 1, 1), (1, 64, 32), (2, 130, 33), (5, 7, 31), (14, 256, 64), (17, 1000, 40), (64, 96, 96), (3, 1024, 257)),
+    *((48, 33, 5), (49, 1100, 70), (81, 128, 32)),
+]
 """Rows, in, out."""
 
 
@@ -96,11 +99,11 @@ def test_product(kernels: ModuleType, format: Format, rows: int, size: int, out:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_rows_bits_are_its_own(kernels: ModuleType, format: Format) -> None:  # noqa: A002
     packed, _ = made(kernels, format, 72, 328, bias=True)
-    x = torch.randn(70, 328)
+    x = torch.randn(130, 328)
     x[3] *= 1e4
     whole = linear.linear(kernels, x, packed)
-    for rows in (1, 2, 3, 6, 7, 8, 13, 14, 15, 29, 43):
-        for first in (0, 70 - rows):
+    for rows in (1, 2, 3, 6, 7, 8, 13, 14, 15, 29, 43, 48, 70, 97):
+        for first in (0, 130 - rows):
             part = linear.linear(kernels, x[first : first + rows], packed)
             assert torch.equal(part, whole[first : first + rows]), f"{rows} rows from {first}"
     kernels.set_threads(1, [])
@@ -144,7 +147,7 @@ def test_extreme_integers(kernels: ModuleType, format: Format) -> None:  # noqa:
         few = quantized.quantize(torch.full((32, 512), 127.0), format)
         weight = quantized.dequantize(few)
         packed = linear.pack(kernels, few)
-    for x in (torch.full((4, 512), 127.0), torch.full((4, 512), -127.0)):
+    for x in (torch.full((4, 512), 127.0), torch.full((4, 512), -127.0), torch.full((50, 512), -127.0)):
         torch.testing.assert_close(linear.linear(kernels, x, packed), x @ weight.t(), rtol=1e-6, atol=0)
 
 
@@ -156,11 +159,12 @@ def test_odd_rows(kernels: ModuleType, format: Format) -> None:  # noqa: A002
     x[2] = 1e-42
     x[3, 7] = torch.nan
     x[4, 7] = torch.inf
-    got = linear.linear(kernels, x, packed)
-    assert bool(torch.isfinite(got[[0, 1, 2, 5]]).all())
-    assert not got[1].any()
-    assert float(got[2].abs().max()) < 1e-38
-    assert not torch.isfinite(got[3:5]).any()
+    for rows in (x, x.repeat(9, 1)):
+        got = linear.linear(kernels, rows, packed)[-6:]
+        assert bool(torch.isfinite(got[[0, 1, 2, 5]]).all())
+        assert not got[1].any()
+        assert float(got[2].abs().max()) < 1e-38
+        assert not torch.isfinite(got[3:5]).any()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -262,9 +266,9 @@ def test_gates_at_the_ends_of_float32(kernels: ModuleType) -> None:
 def test_product_of_gated_rows(kernels: ModuleType, format: Format) -> None:  # noqa: A002
     """The same bits as of rows that were gated before, on one thread and two."""
     packed, _ = made(kernels, format, 72, 328, bias=True)
-    gate_up = torch.randn(43, 656)
+    gate_up = torch.randn(61, 656)
     wanted = linear.linear(kernels, gated(kernels, gate_up), packed)
-    for rows in (1, 5, 16, 43):
+    for rows in (1, 5, 16, 43, 61):
         assert torch.equal(linear.linear(kernels, gate_up[:rows], packed, gated=True), wanted[:rows])
     kernels.set_threads(2, [])
     assert torch.equal(linear.linear(kernels, gate_up, packed, gated=True), wanted)

@@ -13,6 +13,9 @@
 #else
 #include "linear_registers.h"
 #endif
+#if defined(__AMX_INT8__)
+#include "linear_amx.h"
+#endif
 
 namespace qwire {
 namespace {
@@ -44,24 +47,55 @@ void share_panels(int64_t panels, F&& f) {
     });
 }
 
-// All panels times all tiles.
-void multiply(Format format, const void* packed, int64_t out, int64_t in, const float* bias, const TiledRows& rows, float* y,
-              int64_t y_stride) {
-    const auto* weights = static_cast<const char*>(packed);
-    const int64_t bytes = panel_bytes(format, in), at_once = std::max<int64_t>(1, kMostRows / rows.tiles.size(0));
-    for (int64_t first = 0; first < rows.tiles.count; first += at_once) {
-        const int64_t last = std::min(rows.tiles.count, first + at_once);
-        share_panels(ceil_div(out, kPanel), [&](int64_t panel, int64_t next) {
+// A product with packed weights, but for its rows.
+struct Weights {
+    Format format;
+    const void* packed;
+    int64_t out, in;
+    const float* bias;
+    float* y;
+    int64_t y_stride;
+};
+
+// All panels times `count` tiles, or pairs of them, `at_once` at a time.
+template <class Rows>
+void multiply(const Weights& w, const Rows& rows, int64_t count, int64_t at_once) {
+    const auto* weights = static_cast<const char*>(w.packed);
+    const int64_t bytes = panel_bytes(w.format, w.in);
+    for (int64_t first = 0; first < count; first += at_once) {
+        const int64_t last = std::min(count, first + at_once);
+        share_panels(ceil_div(w.out, kPanel), [&](int64_t panel, int64_t next) {
             const int64_t column = panel * kPanel;
-            panel_product({format, weights + panel * bytes, weights + next * bytes, in, bias ? bias + column : nullptr,
-                           y + column, y_stride, int(std::min<int64_t>(kPanel, out - column))},
+            panel_product({w.format, weights + panel * bytes, weights + next * bytes, w.in, w.bias ? w.bias + column : nullptr,
+                           w.y + column, w.y_stride, int(std::min<int64_t>(kPanel, w.out - column))},
                           rows, first, last);
         });
     }
 }
 
-void linear_floats(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows,
-                   const FloatRows& x, float* y, int64_t y_stride) {
+void multiply(const Weights& w, const TiledRows& rows) {
+    multiply(w, rows, rows.tiles.count, std::max<int64_t>(1, kMostRows / rows.tiles.size(0)));
+}
+
+#if defined(__AMX_INT8__)
+// Fewer rows are multiplied faster as they are.
+constexpr int64_t kAmxRows = 48;
+
+bool by_amx(Format format, int64_t rows) {
+    return rows >= kAmxRows && (format == Format::kBfloat16 || format == Format::kInt8);
+}
+
+void linear_amx(const Weights& w, int64_t rows, const FloatRows& x) {
+    const bool fixed = w.format == Format::kBfloat16;
+    const int digits = fixed ? kFixedDigits : 1;
+    const BlockedRows to(scratch(0, BlockedRows::bytes(rows, w.in, digits)), rows, w.in, digits);
+    fixed ? fix_rows(to, w.in, x) : quantize_rows(to, w.in, x);
+    multiply(w, to, ceil_div(rows, kPairRows), std::max<int64_t>(1, kRowBytes / (2 * to.tile_bytes)));
+}
+#endif
+
+void linear_floats(const Weights& w, int64_t rows, const FloatRows& x) {
+    const int64_t in = w.in;
     const Tiles tiles(rows, kFloatTile);
     const int64_t row_size = ceil_div(in, kChunk) * kChunk;
     const float* tiled = x.x;
@@ -82,28 +116,23 @@ void linear_floats(Format format, const void* packed, int64_t out, int64_t in, c
             }
         });
     }
-    multiply(format, packed, out, in, bias,
-             {tiles, reinterpret_cast<const char*>(tiled), row_size * int64_t(sizeof(float)), nullptr, 0, nullptr, 0}, y,
-             y_stride);
+    multiply(w, {tiles, reinterpret_cast<const char*>(tiled), row_size * int64_t(sizeof(float)), nullptr, 0, nullptr, 0});
 }
 
-void linear_fixed(const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const FloatRows& x, float* y,
-                  int64_t y_stride) {
+void linear_fixed(const Weights& w, int64_t rows, const FloatRows& x) {
     const Tiles tiles = int_tiles(rows);
-    const int64_t row_bytes = ceil_div(in, kChunk) * kChunk * int64_t(sizeof(int16_t));
-    const int64_t groups = ceil_div(in, kFixedGroup);
+    const int64_t row_bytes = ceil_div(w.in, kChunk) * kChunk * int64_t(sizeof(int16_t));
+    const int64_t groups = ceil_div(w.in, kFixedGroup);
     auto* values = static_cast<char*>(scratch(0, rows * (row_bytes + groups * int64_t(sizeof(float)))));
     auto* scales = reinterpret_cast<float*>(values + rows * row_bytes);
-    fix_rows(tiles, in, x, reinterpret_cast<int16_t*>(values), scales);
-    multiply(Format::kBfloat16, packed, out, in, bias, {tiles, values, row_bytes, nullptr, 0, scales, groups}, y,
-             y_stride);
+    fix_rows(tiles, w.in, x, reinterpret_cast<int16_t*>(values), scales);
+    multiply(w, {tiles, values, row_bytes, nullptr, 0, scales, groups});
 }
 
-void linear_quantized(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows,
-                      const FloatRows& x, float* y, int64_t y_stride) {
-    const QuantizedRows to(scratch(0, QuantizedRows::bytes(rows, in)), rows, in);
+void linear_quantized(const Weights& w, int64_t rows, const FloatRows& x) {
+    const QuantizedRows to(scratch(0, QuantizedRows::bytes(rows, w.in)), rows, w.in);
     quantize_rows(to, x);
-    const bool wide = format == Format::kInt8;
+    const bool wide = w.format == Format::kInt8;
     TiledRows tiled{to.tiles, reinterpret_cast<const char*>(to.values(0)), to.chunks * kChunkWords * 4,
                     wide ? to.int8_starts(0) : to.int4_starts(0), wide ? to.groups : to.chunks, to.scales(0), to.groups};
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -114,7 +143,7 @@ void linear_quantized(Format format, const void* packed, int64_t out, int64_t in
         tiled.values = bytes;
     }
 #endif
-    multiply(format, packed, out, in, bias, tiled, y, y_stride);
+    multiply(w, tiled);
 }
 
 // Where a panel's 16-bit value of one column stands, among the 32 of a step.
@@ -151,10 +180,13 @@ Pieces panels(Format format, const void* packed, int64_t out, int64_t in) {
 
 void linear(Format format, const void* packed, int64_t out, int64_t in, const float* bias, int64_t rows, const FloatRows& x,
             float* y, int64_t y_stride) {
-    if (kFixedPoint && format == Format::kBfloat16) return linear_fixed(packed, out, in, bias, rows, x, y, y_stride);
-    if (format == Format::kInt8 || format == Format::kInt4)
-        return linear_quantized(format, packed, out, in, bias, rows, x, y, y_stride);
-    linear_floats(format, packed, out, in, bias, rows, x, y, y_stride);
+    const Weights w{format, packed, out, in, bias, y, y_stride};
+#if defined(__AMX_INT8__)
+    if (by_amx(format, rows)) return linear_amx(w, rows, x);
+#endif
+    if (kFixedPoint && format == Format::kBfloat16) return linear_fixed(w, rows, x);
+    if (format == Format::kInt8 || format == Format::kInt4) return linear_quantized(w, rows, x);
+    linear_floats(w, rows, x);
 }
 
 void embed(Format format, const void* packed, int64_t out, int64_t in, int64_t count, const int64_t* ids, float* y) {

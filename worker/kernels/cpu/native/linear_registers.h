@@ -19,12 +19,9 @@ constexpr int64_t kMostRows = INT64_MAX;  // at a time
 // Weights that stream past are asked for kFar ahead, into the level-2 cache; what lies there, and floats, so many bytes
 // ahead into the level-1 cache. Doing both for integers cost 3 to 10% of one row on Zen 5.
 constexpr int64_t kNear = 768;
-// Outputs of more bytes go past the caches, which hold no more, when they are read next: on Zen 4 the lines that stores
-// brought in first took 5 to 8% of a prefill.
-constexpr int64_t kPastCaches = 1 << 20;
 
 // One panel times one tile of rows.
-struct Product {
+struct Product : Output {
     const char* panel;
     int64_t chunks;         // of K
     const void* rows;       // [chunk][tile rows][kChunk]: floats, QuantizedRows::values or fixed-point values
@@ -33,11 +30,6 @@ struct Product {
     // Integer only: [tile rows][32] that a block of K leaves to the next one, and room for as many.
     float *sums, *room;
     bool first, last;  // of the blocks
-    const float* bias;      // [columns], or null
-    float* y;
-    int64_t y_stride;
-    int columns;  // 32, fewer in the last panel
-    bool past_caches;
     // Where it doesn't stream, prefetching goes on at `ahead`, `advance` bytes for each chunk of K.
     const char* ahead;
     int64_t advance;
@@ -49,20 +41,6 @@ QWIRE_INLINE const char* prefetch_chunk(const Product& p, const char* ahead) {
     const char* end = ahead + p.advance;
     for (; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
     return end;
-}
-
-// The last panel's columns may be fewer than 32.
-[[gnu::noinline]] void put_some(const Product& p, int row, int column, Floats sum) {
-    for (int i = 0; i < kWidth && column + i < p.columns; ++i)
-        p.y[row * p.y_stride + column + i] = p.bias ? sum[i] + p.bias[column + i] : sum[i];
-}
-
-// Writes a vector's columns of one row.
-QWIRE_INLINE void put(const Product& p, int row, int column, Floats sum) {
-    if (p.columns < kPanel) return put_some(p, row, column, sum);
-    if (p.bias) sum += load<Floats>(p.bias + column);
-    float* to = p.y + row * p.y_stride + column;
-    p.past_caches ? store_past_caches(to, sum) : store(to, sum);
 }
 
 template <class W, bool kStreams, int R>
@@ -290,7 +268,6 @@ const Kernel* kernels(Format format) {
 
 // The panel times the tiles [first, last).
 inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t first, int64_t last) {
-    const int64_t row_bytes = panel.y_stride * int64_t(sizeof(float));
     const int64_t count = last - first, chunks = ceil_div(panel.in, kChunk), first_row = rows.tiles.first(first);
     const Kernel* by_rows = count == 1 ? kernels<true>(panel.format) : kernels<false>(panel.format);
     int64_t block = chunks;
@@ -300,12 +277,8 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
 #endif
     const bool blocked = block < chunks;
     const int64_t sums = blocked ? rows.tiles.first(last) - first_row : kIntTile;  // rows of them
-    Product p{};
+    Product p{output_of(panel, rows.tiles.rows)};
     p.room = static_cast<float*>(scratch(1, (kIntTile + sums) * kPanel * int64_t(sizeof(float))));
-    p.bias = panel.bias;
-    p.y_stride = panel.y_stride;
-    p.columns = panel.columns;
-    p.past_caches = rows.tiles.rows * row_bytes > kPastCaches && (uintptr_t(panel.y) | uintptr_t(row_bytes)) % 64 == 0;
     for (int64_t chunk = 0; chunk < chunks; chunk += block) {
         p.chunks = std::min(block, chunks - chunk);
         p.first = chunk == 0, p.last = chunk + block >= chunks;

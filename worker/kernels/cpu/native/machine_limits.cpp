@@ -12,6 +12,9 @@
 
 #include "pool.h"
 #include "registers.h"
+#if defined(__AMX_INT8__)
+#include "tiles.h"
+#endif
 
 namespace qwire {
 namespace {
@@ -68,6 +71,21 @@ double measure_fma(double seconds) {
     });
 }
 
+#if defined(__AMX_INT8__)
+double measure_int8(double seconds) {
+    return measure(seconds, 8.0 * kLoops * 16 * 16 * 64, [] {
+        static constexpr TileConfig config;
+        _tile_loadconfig(&config);
+        for (int i = 0; i < kLoops; ++i) {  // whatever the tiles hold
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+        _tile_release();
+    });
+}
+#else
 double measure_int8(double seconds) {
     return measure(seconds, 8.0 * kLoops * kChains * kWidth, [] {
         Ints sums[kChains] = {};
@@ -84,6 +102,7 @@ double measure_int8(double seconds) {
         }
     });
 }
+#endif
 
 double measure_read_bandwidth(double seconds) {
     constexpr int64_t kBytes = int64_t{256} << 20, kSlice = int64_t{1} << 18, kAhead = 8192;

@@ -2,6 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <functional>
 #include <string>
 #include <utility>
@@ -25,6 +31,16 @@ void set_threads(int threads, const std::vector<int>& cpus) {
     qwire::set_threads(threads, cpus.empty() ? nullptr : cpus.data());
 }
 
+#if defined(__x86_64__)
+// Whether there is AMX for bytes and the system lets this process use it, which has to be asked for once.
+bool amx() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bit_AMX_TILE) || !(d & bit_AMX_INT8)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, from Linux 5.16 on
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // The instruction sets of setup.py that this machine and its system have, best first.
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
@@ -32,7 +48,9 @@ std::vector<std::string> instruction_sets() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) names.emplace_back("avx512_vnni");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni && amx()) names.emplace_back("avx512_amx");
+    if (vnni) names.emplace_back("avx512_vnni");
     if (avx512) names.emplace_back("avx512");
     if (avx2) names.emplace_back("avx2");
 #endif
@@ -213,6 +231,7 @@ void def_linear(py::module_& module) {
 PYBIND11_MODULE(QWIRE_MODULE, module) {
     module.def("set_threads", &set_threads, py::arg("threads"), py::arg("cpus"));
     module.attr("fixed_point") = qwire::kFixedPoint;
+    module.attr("fixed_products") = qwire::kFixedProducts;
     module.def("instruction_sets", &instruction_sets);
     module.def("num_threads", &qwire::num_threads);
     // Local: there is a class of this name for every instruction set.

@@ -69,6 +69,75 @@ QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 #endif
 }
 
+constexpr int64_t kPerGroup = kRowGroup / kChunk;
+
+// Quantizes a row. `scales`: of group i at i * stride; `place(chunk)`: where a chunk's values go; `put_sums(first, count,
+// vectors)` is given, for up to as many chunks as a vector has lanes, vectors whose lanes add up to their sums.
+template <class Place, class PutSums>
+QWIRE_INLINE void quantize_row(const float* from, int64_t size, float* scales, int64_t stride, const Place& place,
+                               const PutSums& put_sums) {
+    const int64_t chunks = chunks_of(size);
+    const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+    // Stores a group's scale and returns its inverse.
+    const auto scale = [&](int64_t group) __attribute__((always_inline)) {
+        const int64_t first = group * kRowGroup;
+        const float absmax = __builtin_bit_cast(float, greatest(from + first, std::min(kRowGroup, size - first)));
+        const float scale = absmax / 127.0f;
+        scales[group * stride] = scale;
+        // Below the least normal number the inverse would be infinite: such a group counts as zero.
+        return splat(scale < 1.17549435e-38f ? 0.0f : 127.0f / absmax);
+    };
+    // Rounds a chunk, stores it, and returns the sum of its vectors.
+    const auto round = [&](int64_t chunk, const float* at, f32v inverse) __attribute__((always_inline)) {
+        int32_t* to = place(chunk);
+        i32v total{};
+        for (int i = 0; i < kChunk; i += kLanes, to += kChunkWords * kLanes / kChunk) {
+            const i32v rounded = (i32v)fma(load<f32v>(at + i), inverse, magic);
+            store_values(to, rounded);
+            total += rounded - (i32v)magic;
+        }
+        return total;
+    };
+    // As many chunks at a time as a vector has lanes, for their sums.
+    for (int64_t first = 0; first < chunks; first += kLanes) {
+        const int64_t count = std::min<int64_t>(chunks - first, kLanes), whole = std::min(count, size / kChunk - first);
+        i32v halves[kLanes];
+        f32v inverse = {};
+        for (int64_t i = 0; i < whole; ++i) {
+            if (i % kPerGroup == 0) inverse = scale((first + i) / kPerGroup);
+            halves[i] = round(first + i, from + (first + i) * kChunk, inverse);
+        }
+        if (whole < count) {
+            float rest[kChunk] = {};
+            std::memcpy(rest, from + (first + whole) * kChunk, size_t(size % kChunk) * sizeof(float));
+            if (whole % kPerGroup == 0) inverse = scale((first + whole) / kPerGroup);
+            halves[whole] = round(first + whole, rest, inverse);
+        }
+        for (int64_t i = count; i < kLanes; ++i) halves[i] = i32v{};
+        put_sums(first, count, halves);
+    }
+}
+
+// Fixes a row's values. `scales` as above; `put(chunk, i, values)` is given vectors of values from i on of a chunk.
+template <class Put>
+QWIRE_INLINE void fix_row(const float* from, int64_t size, float* scales, int64_t stride, const Put& put) {
+    const f32v magic = splat(12582912.0f);
+    f32v inverse{};
+    for (int64_t k = 0; k < size; k += kChunk) {
+        if (k % kFixedGroup == 0) {
+            const float absmax = __builtin_bit_cast(float, greatest(from + k, std::min(kFixedGroup, size - k)));
+            scales[k / kFixedGroup * stride] = absmax / kFixedMost;
+            // Below the least normal number the inverse would be infinite: such a group counts as zero.
+            inverse = splat(absmax < 1e-30f ? 0.0f : kFixedMost / absmax);
+        }
+        float rest[kChunk] = {};
+        const float* chunk = from + k;
+        if (size - k < kChunk) std::memcpy(rest, chunk, size_t(size - k) * sizeof(float)), chunk = rest;
+        for (int i = 0; i < kChunk; i += kLanes)
+            put(k / kChunk, i, (i32v)fma(load<f32v>(chunk + i), inverse, magic) - (i32v)magic);
+    }
+}
+
 }  // namespace
 
 const float* FloatRows::row(int64_t row, int64_t size, float* room) const {
@@ -105,45 +174,8 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
     int32_t* int8_starts = int8_starts_ + tiles.first(tile) * groups + index;
     int32_t* int4_starts = int4_starts_ + tiles.first(tile) * chunks + index;
     float* scales = scales_ + tiles.first(tile) * groups + index;
-
-    const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
-    // Stores a group's scale and returns its inverse.
-    const auto scale = [&](int64_t group) __attribute__((always_inline)) {
-        const int64_t first = group * kRowGroup;
-        const float absmax = __builtin_bit_cast(float, greatest(from + first, std::min(kRowGroup, size - first)));
-        const float scale = absmax / 127.0f;
-        scales[group * height] = scale;
-        // Below the least normal number the inverse would be infinite: such a group counts as zero.
-        return splat(scale < 1.17549435e-38f ? 0.0f : 127.0f / absmax);
-    };
-    // Rounds a chunk, stores it, and returns the sum of its vectors.
-    const auto round = [&](int64_t chunk, const float* at, f32v inverse) __attribute__((always_inline)) {
-        int32_t* to = values + chunk * height * kChunkWords;
-        i32v total{};
-        for (int i = 0; i < kChunk; i += kLanes, to += kChunkWords * kLanes / kChunk) {
-            const i32v rounded = (i32v)fma(load<f32v>(at + i), inverse, magic);
-            store_values(to, rounded);
-            total += rounded - (i32v)magic;
-        }
-        return total;
-    };
-    // As many chunks at a time as a vector has lanes, for their sums.
-    for (int64_t first = 0; first < chunks; first += kLanes) {
-        const int64_t count = std::min<int64_t>(chunks - first, kLanes), whole = std::min(count, size / kChunk - first);
-        constexpr int64_t kPerGroup = kRowGroup / kChunk;
-        i32v halves[kLanes];
-        f32v inverse = {};
-        for (int64_t i = 0; i < whole; ++i) {
-            if (i % kPerGroup == 0) inverse = scale((first + i) / kPerGroup);
-            halves[i] = round(first + i, from + (first + i) * kChunk, inverse);
-        }
-        if (whole < count) {
-            float rest[kChunk] = {};
-            std::memcpy(rest, from + (first + whole) * kChunk, size_t(size % kChunk) * sizeof(float));
-            if (whole % kPerGroup == 0) inverse = scale((first + whole) / kPerGroup);
-            halves[whole] = round(first + whole, rest, inverse);
-        }
-        for (int64_t i = count; i < kLanes; ++i) halves[i] = i32v{};
+    const auto place = [&](int64_t chunk) __attribute__((always_inline)) { return values + chunk * height * kChunkWords; };
+    const auto put_sums = [&](int64_t first, int64_t count, i32v (&halves)[kLanes]) __attribute__((always_inline)) {
         int32_t lanes[kLanes];
         store(lanes, totals(halves));
         for (int64_t i = 0; i < count; ++i) int4_starts[(first + i) * height] = kInt4Start * lanes[i];
@@ -152,35 +184,22 @@ void QuantizedRows::quantize(int64_t row, const float* from) const {
             for (int64_t j = 0; j < kPerGroup; ++j) group += lanes[i + j];
             int8_starts[(first + i) / kPerGroup * height] = -128 * group;
         }
-    }
+    };
+    quantize_row(from, size, scales, height, place, put_sums);
 }
 
 void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* values, float* scales) {
     const int64_t chunks = chunks_of(size), groups = groups_of(size);
-    const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
     parallel_for(tiles.count, [&](int64_t tile) {
         const int64_t height = tiles.size(tile), first = tiles.first(tile);
         auto* room = static_cast<float*>(scratch(1, x.gated ? size * int64_t(sizeof(float)) : 0));
         for (int64_t r = 0; r < height; ++r) {
-            const float* from = x.row(first + r, size, room);
             int16_t* row = values + first * chunks * kChunk + r * kChunk;
-            f32v inverse{};
-            for (int64_t k = 0; k < size; k += kChunk) {
-                if (k % kFixedGroup == 0) {
-                    const float absmax = __builtin_bit_cast(float, greatest(from + k, std::min(kFixedGroup, size - k)));
-                    scales[first * groups + k / kFixedGroup * height + r] = absmax / kFixedMost;
-                    // Below the least normal number the inverse would be infinite: such a group counts as zero.
-                    inverse = splat(absmax < 1e-30f ? 0.0f : kFixedMost / absmax);
-                }
-                float rest[kChunk] = {};
-                const float* chunk = from + k;
-                if (size - k < kChunk) std::memcpy(rest, chunk, size_t(size - k) * sizeof(float)), chunk = rest;
-                for (int i = 0; i < kChunk; i += kLanes) {
-                    const i32v rounded = (i32v)fma(load<f32v>(chunk + i), inverse, magic) - (i32v)magic;
-                    typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
-                    store(row + k * height + i, __builtin_convertvector(rounded, s16v));
-                }
-            }
+            const auto put = [&](int64_t chunk, int i, i32v rounded) __attribute__((always_inline)) {
+                typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
+                store(row + chunk * height * kChunk + i, __builtin_convertvector(rounded, s16v));
+            };
+            fix_row(x.row(first + r, size, room), size, scales + first * groups + r, height, put);
         }
     });
 }
@@ -193,5 +212,63 @@ void quantize_rows(const QuantizedRows& to, const FloatRows& x) {
             to.quantize(row, x.row(row, to.size, room));
     });
 }
+
+#if defined(__AMX_INT8__)
+BlockedRows::BlockedRows(void* memory, int64_t rows, int64_t size, int digits)
+    : rows(rows),
+      tile_bytes(groups_of(size) * digits * kGroupTileBytes),
+      group_bytes(digits * kGroupTileBytes),
+      values(static_cast<char*>(memory)),
+      scales(reinterpret_cast<float*>(values + (rows + kTileRows - 1) / kTileRows * tile_bytes)) {}
+
+int64_t BlockedRows::bytes(int64_t rows, int64_t size, int digits) {
+    return ((rows + kTileRows - 1) / kTileRows * digits * kGroupTileBytes + rows * int64_t(sizeof(float))) * groups_of(size);
+}
+
+namespace {
+
+// Calls f(row, its floats, its place in `to`) for each row, on all threads: half a tile's rows at a time.
+template <class F>
+void over_rows(const BlockedRows& to, int64_t size, const FloatRows& x, F&& f) {
+    constexpr int64_t kRows = kTileRows / 2;
+    parallel_for((to.rows + kRows - 1) / kRows, [&](int64_t task) {
+        auto* room = static_cast<float*>(scratch(1, x.gated ? size * int64_t(sizeof(float)) : 0));
+        for (int64_t row = task * kRows; row < std::min(to.rows, (task + 1) * kRows); ++row)
+            f(row, x.row(row, size, room), to.values + row / kTileRows * to.tile_bytes + row % kTileRows * 64);
+    });
+}
+
+// Where a chunk of a row's digit begins, in bytes.
+QWIRE_INLINE int64_t chunk_place(const BlockedRows& to, int64_t chunk, int digit) {
+    return chunk / kPerGroup * to.group_bytes + digit * kGroupTileBytes + chunk % kPerGroup / 2 * kTileBytes + chunk % 2 * 32;
+}
+
+}  // namespace
+
+void quantize_rows(const BlockedRows& to, int64_t size, const FloatRows& x) {
+    over_rows(to, size, x, [&](int64_t row, const float* from, char* values) {
+        const auto place = [&](int64_t chunk) __attribute__((always_inline)) {
+            return reinterpret_cast<int32_t*>(values + chunk_place(to, chunk, 0));
+        };
+        quantize_row(from, size, to.scales + row, to.rows, place, [](int64_t, int64_t, i32v (&)[kLanes]) {});
+    });
+}
+
+void fix_rows(const BlockedRows& to, int64_t size, const FloatRows& x) {
+    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    over_rows(to, size, x, [&](int64_t row, const float* from, char* values) {
+        const auto put = [&](int64_t chunk, int i, i32v fixed) __attribute__((always_inline)) {
+            const i32v high = fixed >> 6, low = fixed & 63;
+            const i32v digits[kFixedDigits] = {high, low, high + low};
+#pragma GCC unroll 3
+            for (int digit = 0; digit < kFixedDigits; ++digit) {
+                const __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)digits[digit]), order);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(values + chunk_place(to, chunk, digit) + i), bytes);
+            }
+        };
+        fix_row(from, size, to.scales + row, to.rows, put);
+    });
+}
+#endif
 
 }  // namespace qwire

@@ -91,6 +91,12 @@ class QuantizedRows {
 // magnitude is below 2^kFixedBits, stay below 2^31.
 constexpr int kFixedMost = 4095, kFixedBits = 12;
 constexpr int64_t kFixedGroup = 128;  // values of K that share a scale, of a weight and of a row
+// Products of bytes that one of fixed-point values takes the time of, where there are many rows.
+#if defined(__AMX_INT8__)
+constexpr int kFixedDigits = 3, kFixedProducts = kFixedDigits;
+#else
+constexpr int kFixedProducts = 2;
+#endif
 
 // Rows as fixed-point values, to the nearest, ties to even, in tiles: `values` [chunks][tile
 // rows][kChunk], zeros beyond a row's end, and `scales` [groups][tile rows] of each tile, on all threads. A row's values
@@ -99,5 +105,27 @@ void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* val
 
 // All rows, on all threads.
 void quantize_rows(const QuantizedRows& to, const FloatRows& x);
+
+#if defined(__AMX_INT8__)
+// Rows as AMX's tiles read them: [tile of 16 rows][group of 128][digit][128 / 64][16][64] bytes. Quantized rows have one digit;
+// fixed-point ones have three, of 7 bits: the high 7 bits, the low 6 and the sum of both, and of every four values the
+// second and the third in each other's place.
+constexpr int64_t kTileRows = 16, kTileBytes = 1024, kGroupTileBytes = kRowGroup / 64 * kTileBytes;
+
+struct BlockedRows {
+    static int64_t bytes(int64_t rows, int64_t size, int digits);
+
+    // `memory`: bytes(rows, size, digits) of them, 64-byte aligned.
+    BlockedRows(void* memory, int64_t rows, int64_t size, int digits);
+
+    int64_t rows, tile_bytes, group_bytes;
+    char* values;
+    float* scales;  // [group][row]
+};
+
+// As their namesakes. What no row has is left as it was: it meets zeros, or yields products of no row.
+void quantize_rows(const BlockedRows& to, int64_t size, const FloatRows& x);
+void fix_rows(const BlockedRows& to, int64_t size, const FloatRows& x);
+#endif
 
 }  // namespace qwire
