@@ -14,6 +14,7 @@ from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.config import WorkerConfig
 from worker.constraints.grammars import numerics as grammar_numerics
+from worker.kernels.cpu.native import SAME_BITS
 from worker.model import ModelConfig, weights_digest
 from worker.runner.runner import TorchRunner
 
@@ -64,7 +65,7 @@ def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, con
         f"quantization {runner.quantization}",
         f"kv {kv_dtype}",
         f"backend {runner.kernels.name} {NUMERICS_VERSIONS[runner.kernels.name]} torch {torch.__version__}",
-        f"isa {runner.kernels.isa}",
+        f"isa {SAME_BITS.get(runner.kernels.isa, runner.kernels.isa)}",
         # The arithmetic of a draw is torch's under either backend.
         f"torch on {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         f"tp {config.tp} pp {config.pp}",

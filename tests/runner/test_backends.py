@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
-from tests.helpers.native_modules import each_isa, module
+from tests.helpers.native_modules import each_isa, instruction_sets, module
 from tests.helpers.steps import chunk, greedy, logits_of, plan, table
+from worker.config import WorkerConfig
 from worker.engine.plan import Draw, SamplingParams
+from worker.identity import Digests, describe
 from worker.kernels import NativeError, ReferenceKernels, choose_kernels
+from worker.kernels.cpu.native import SAME_BITS
 from worker.runner import TorchRunner
 
 NEAR = 1e-2
@@ -85,6 +88,22 @@ def test_every_instruction_set_gives_the_references_logits(
     # Quantized weights meet rows of 8 bits here, fixed-point ones of 13, and all rows of 32 in the reference.
     error = (got - expected).norm() / expected.norm()
     assert error < (0.03 if quantize != "none" else 0.008 if module(isa).fixed_point else 0.004)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_a_numerics_id_stands_for_bits(tmp_path: Path, quantize: str) -> None:
+    """Instruction sets share one where every logit is the same, over prompts and single tokens."""
+    folder = write_random_qwen3(tmp_path, dtype="bfloat16", hidden=160, heads=4, kv_heads=2, head_dim=80)
+    ids = [(7 * i) % 512 for i in range(80)]
+    digests = Digests("weights", "config", "tokenizer")
+    logits: dict[str, torch.Tensor] = {}
+    for isa in instruction_sets():
+        kernels = choose_kernels("cpu", isa).kernels
+        runner = TorchRunner(folder, num_blocks=8, quantize=quantize, kernels=kernels)
+        told = describe(WorkerConfig(model=folder), runner, digests, constraints=False)
+        got = logits_of(runner, ids, table(0, 80, 16), [79, 1])
+        assert torch.equal(got, logits.setdefault(told.model.numerics_id, got))
+    assert len(logits) == len({SAME_BITS.get(isa, isa) for isa in instruction_sets()})
 
 
 def test_tied_weights_are_kept_once(tmp_path: Path) -> None:
