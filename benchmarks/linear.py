@@ -18,7 +18,7 @@ from types import ModuleType
 import click
 import torch
 
-from worker.kernels import quantized
+from worker.kernels import INSTRUCTION_SETS, quantized
 from worker.kernels.cpu import linear, native
 from worker.kernels.cpu.linear import Format, PackedLinear, Packer
 
@@ -81,7 +81,7 @@ def samples(module: ModuleType, run: Callable[[], None], seconds: float) -> Iter
 @click.command()
 @click.option("--format", "formats", default="bfloat16,int8,int4", help="float32, bfloat16, float16, int8, int4.")
 @click.option("--rows", "row_counts", default="1,8,16,128,512")
-@click.option("--isa", default="auto", help=f"One of {', '.join(native.INSTRUCTION_SETS)}.")
+@click.option("--isa", default="auto", help=f"One of {', '.join(INSTRUCTION_SETS)}.")
 @click.option("--threads", default=0, help="0: all that this process may use.")
 @click.option("--seconds", default=4.0, help="For each number of rows.")
 def main(formats: str, row_counts: str, isa: str, threads: int, seconds: float) -> None:

@@ -14,8 +14,8 @@ from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.config import WorkerConfig
 from worker.constraints.grammars import numerics as grammar_numerics
-from worker.kernels.cpu.native import SAME_BITS
-from worker.model import ModelConfig, weights_digest
+from worker.kernels.names import SAME_BITS
+from worker.model import ModelConfig, WeightsDigest
 from worker.runner.runner import TorchRunner
 
 REFERENCE_NUMERICS_VERSION = 2
@@ -38,14 +38,16 @@ class Digests:
     tokenizer: str
 
 
-def read_digests(folder: Path, weights: str | None = None) -> Digests:
-    """Reads the files, the weights only where their digest is not known: about 0.6 s a GB, without holding the GIL.
+def read_digests(folder: Path, weights: str | WeightsDigest) -> Digests:
+    """Reads the files, and of the weights what has not been read: about 0.6 s a GB, without holding the GIL.
+
+    Args:
+        weights: their digest, or where it is not known what it takes to finish it.
 
     Raises ModelError.
     """
-    return Digests(
-        weights or weights_digest(folder), _digest(folder / "config.json"), _digest(folder / "tokenizer.json")
-    )
+    known = weights if isinstance(weights, str) else weights.finish()
+    return Digests(known, _digest(folder / "config.json"), _digest(folder / "tokenizer.json"))
 
 
 def describe(config: WorkerConfig, runner: TorchRunner, digests: Digests, *, constraints: bool) -> pb.WorkerInfo:

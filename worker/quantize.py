@@ -20,8 +20,9 @@ from worker.kernels import QUANTIZED_FORMATS, QuantizedWeight
 from worker.kernels.calibrated import quantize_for
 from worker.kernels.quantized import Format, quantize
 from worker.model import ModelConfig, ModelError
-from worker.model.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, StoredTensor
+from worker.model.checkpoint import DTYPES, Checkpoint, StoredTensor
 from worker.model.config import QUANTIZATION_FIELD, QUANTIZATION_METHOD, QUANTIZATION_VERSION
+from worker.model.files import INDEX_NAME, SINGLE_NAME
 from worker.model.plan import style_of
 from worker.model.quantization import format_of, stored_tensors
 from worker.output import OutputError, whole_folder

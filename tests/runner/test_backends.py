@@ -17,7 +17,7 @@ from worker.config import WorkerConfig
 from worker.engine.plan import Draw, SamplingParams
 from worker.identity import Digests, describe
 from worker.kernels import NativeError, ReferenceKernels, choose_kernels
-from worker.kernels.cpu.native import SAME_BITS
+from worker.kernels.names import SAME_BITS
 from worker.runner import TorchRunner
 
 NEAR = 1e-2

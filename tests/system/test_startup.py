@@ -93,3 +93,8 @@ def test_a_broken_tokenizer(tmp_path: Path) -> None:
     )
     assert result.returncode == 3
     assert "tokenizer.json" in result.stderr
+
+
+def test_settings_are_read_before_torch_is_imported() -> None:
+    code = "import sys, worker.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

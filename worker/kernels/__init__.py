@@ -4,21 +4,26 @@
 oracle that other backends are tested against.
 """
 
-from worker.kernels.choice import BACKENDS, ChosenKernels, choose_kernels, pin_threads
-from worker.kernels.cpu.native import INSTRUCTION_SETS, NativeError, usable_cpus
-from worker.kernels.interface import (
-    QUANTIZED_FORMATS,
-    AttentionPlan,
-    Kernels,
-    KVCache,
-    Packer,
-    PreparedLinear,
-    RaggedBatch,
-    SamplingBatch,
-    WeightSpec,
-)
-from worker.kernels.quantized import QuantizedWeight
-from worker.kernels.reference import ReferenceKernels
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from worker.kernels.names import BACKENDS, INSTRUCTION_SETS, QUANTIZED_FORMATS
+
+if TYPE_CHECKING:
+    from worker.kernels.choice import ChosenKernels, choose_kernels, pin_threads
+    from worker.kernels.cpu.native import NativeError, usable_cpus
+    from worker.kernels.interface import (
+        AttentionPlan,
+        Kernels,
+        KVCache,
+        Packer,
+        PreparedLinear,
+        RaggedBatch,
+        SamplingBatch,
+        WeightSpec,
+    )
+    from worker.kernels.quantized import QuantizedWeight
+    from worker.kernels.reference import ReferenceKernels
 
 __all__ = [
     "BACKENDS",
@@ -40,3 +45,28 @@ __all__ = [
     "pin_threads",
     "usable_cpus",
 ]
+
+_HOMES = {
+    "choice": ("ChosenKernels", "choose_kernels", "pin_threads"),
+    "cpu.native": ("NativeError", "usable_cpus"),
+    "interface": (
+        "AttentionPlan",
+        "KVCache",
+        "Kernels",
+        "Packer",
+        "PreparedLinear",
+        "RaggedBatch",
+        "SamplingBatch",
+        "WeightSpec",
+    ),
+    "quantized": ("QuantizedWeight",),
+    "reference": ("ReferenceKernels",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: settings, which are read before torch is imported, need only the names.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

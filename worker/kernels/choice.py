@@ -11,12 +11,12 @@ import torch
 from worker.kernels.cpu import CpuKernels
 from worker.kernels.cpu.native import NativeError, load
 from worker.kernels.interface import Kernels
+from worker.kernels.names import BACKENDS
 from worker.kernels.reference import ReferenceKernels
 
 if TYPE_CHECKING:
     from worker.kernels.cuda import CudaOptions
 
-BACKENDS = ("cuda", "cpu", "reference")
 HEAD_TILE = 16
 
 

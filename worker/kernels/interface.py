@@ -20,9 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worker.kernels.quantized import Format, QuantizedWeight
-
-QUANTIZED_FORMATS: tuple[Format, ...] = ("int8", "int4")
+from worker.kernels.names import Format
+from worker.kernels.quantized import QuantizedWeight
 
 PACK_ROWS = 32
 """Packers take rows in multiples of this."""

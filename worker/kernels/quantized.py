@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Format = Literal["int8", "int4"]
+from worker.kernels.names import Format as Format
 
 GROUP: dict[Format, int] = {"int8": 128, "int4": 32}
 """Weights along the input that share a scale; a row's last group may have fewer."""

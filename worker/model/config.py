@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from worker.kernels.interface import QUANTIZED_FORMATS
+from worker.kernels.names import QUANTIZED_FORMATS
 from worker.model.errors import ModelError
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")

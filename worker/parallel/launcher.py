@@ -1,7 +1,8 @@
 """The parent of a worker's ranks: forks them, watches them, and forks a fresh group when one is lost.
 
 Importing torch takes seconds, so this process imports everything once and its children begin with that done. It must
-therefore stay fit to fork: it runs no tensor operation, opens no channel and starts no thread.
+therefore stay fit to fork: it runs no tensor operation, opens no channel and has no thread beside its own. (One that
+read ahead while it imported has ended by then.)
 """
 
 from __future__ import annotations

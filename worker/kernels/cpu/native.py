@@ -8,11 +8,7 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-INSTRUCTION_SETS = ("avx512_amx", "avx512_vnni", "avx512", "avx2", "portable")
-"""Best first. `avx512_vnni` is AVX-512 with VNNI, `avx512_amx` that and AMX's products of bytes; `portable` is what
-every x86-64 or other machine has."""
-SAME_BITS = {"avx512_amx": "avx512_vnni"}
-"""Instruction sets whose results are those of another one, bit by bit: AMX's sums are of integers, and exact."""
+from worker.kernels.names import INSTRUCTION_SETS
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
