@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -24,12 +25,16 @@ CPU_CACHE_MIB = 1024
 GATHER_AFTER_SECONDS = 10.0
 
 
-def load(config: WorkerConfig, group: Group) -> TorchRunner:
-    """Loads a rank's share of the model; its runner is of use after `connect`. Raises ModelError or ConfigError."""
+def load(config: WorkerConfig, group: Group, on_reading: Callable[[], None] = lambda: None) -> TorchRunner:
+    """Loads a rank's share of the model; its runner is of use after `connect`. Raises ModelError or ConfigError.
+
+    Args:
+        on_reading: as of `load_model`.
+    """
     started = time.monotonic()
     model = ModelConfig.read(config.model)
     chosen = _choose(config, model, group)
-    runner = _runner(config, model, group, chosen.kernels)
+    runner = _runner(config, model, group, chosen.kernels, on_reading)
     if chosen.kernels.name == "cpu":
         torch.set_num_threads(1)  # beside the kernels' own threads, torch's would only be in the way
     log.info(
@@ -114,7 +119,9 @@ def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKer
     return chosen
 
 
-def _runner(config: WorkerConfig, model: ModelConfig, group: Group, kernels: Kernels) -> TorchRunner:
+def _runner(
+    config: WorkerConfig, model: ModelConfig, group: Group, kernels: Kernels, on_reading: Callable[[], None]
+) -> TorchRunner:
     from worker.kernels.cuda import CudaKernels
     from worker.runner.cuda import CudaRunner, CudaSettings
 
@@ -136,6 +143,7 @@ def _runner(config: WorkerConfig, model: ModelConfig, group: Group, kernels: Ker
             quantize=config.quantize,
             kernels=kernels,
             group=group,
+            on_reading=on_reading,
         )
     if block_size % kernels.block_multiple:
         raise ConfigError(

@@ -124,11 +124,23 @@ async def serve(
     """
     state = weights_state(config.model)
     known = remembered.weights if remembered.weights_state == state else None
-    # What is left of the files' digest takes as long as loading as much of them does.
-    runner, digests = await asyncio.gather(
-        asyncio.to_thread(load, config, group), asyncio.to_thread(read_digests, config.model, known or weights)
+    model = ModelConfig.read(config.model)
+    loop, reading = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_reading() -> None:
+        loop.call_soon_threadsafe(reading.set)
+
+    loaded = asyncio.gather(
+        asyncio.to_thread(load, config, group, on_reading),
+        asyncio.to_thread(read_digests, config.model, known or weights),
     )
-    grammars = Grammars.of(config.model, runner.config.vocab_size, runner.config.eos_token_ids)
+    loaded.add_done_callback(lambda _: reading.set())
+    # Grammars keep Python's lock for a second or two. Reading and packing weights takes about as long, and no lock.
+    await reading.wait()
+    if loaded.done():
+        await loaded  # raises what went wrong before there were weights to read
+    grammars = Grammars.of(config.model, model.vocab_size, model.eos_token_ids)
+    runner, digests = await loaded
     connect(config, group, place, runner)
     info = describe(config, runner, digests, constraints=grammars is not None)
     lost = asyncio.Event()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.native_modules import instruction_sets
-from worker.kernels import quantized
+from worker.kernels import StoredError, StoredPart, quantized
 from worker.kernels.cpu import linear, native
 from worker.kernels.cpu.linear import Format, PackedLinear, Packer
 from worker.kernels.reference import dense
@@ -187,6 +189,46 @@ def test_packing_slice_by_slice(kernels: ModuleType, format: Format) -> None:  #
     assert torch.equal(whole.finish().data, sliced.finish().data)
     with pytest.raises(ValueError, match="don't fit"):
         Packer(kernels, 101, 160, format).put(100, weight[:2])
+
+
+def stored(file: int, part: torch.Tensor) -> tuple[int, int]:
+    """Writes a tensor behind what is in the file; where it lies."""
+    place = file, os.lseek(file, 0, os.SEEK_END)
+    os.write(file, part.contiguous().view(torch.uint8).numpy().tobytes())
+    return place
+
+
+@pytest.mark.parametrize("size", [160, 33])
+@pytest.mark.parametrize("format", FORMATS)
+def test_packing_from_files(kernels: ModuleType, format: Format, size: int, tmp_path: Path) -> None:  # noqa: A002
+    weight = torch.randn(101, size)
+    few = quantized.quantize(weight, format) if format == "int8" or format == "int4" else None
+    rows = few or weight.to(FLOATS[format])
+    packed, wanted = Packer(kernels, 101, size, format).finish(), linear.pack(kernels, rows)
+    file = os.open(tmp_path / "weights", os.O_RDWR | os.O_CREAT)
+    os.write(file, b"odd")
+    parts = []
+    for first, last in ((64, 101), (0, 64)):
+        cut = few.rows(first, last) if few else weight.to(FLOATS[format])[first:last]
+        tensors = [cut] if isinstance(cut, torch.Tensor) else [t for t in (cut.q, cut.scale, cut.zero) if t is not None]
+        places = tuple(stored(file, tensor) for tensor in tensors)
+        parts.append(StoredPart(packed, first, last - first, tensors[0].dtype, places))
+    linear.pack_stored(kernels, parts)
+    assert torch.equal(packed.data, wanted.data)
+
+    os.ftruncate(file, os.fstat(file).st_size - 1)
+    with pytest.raises(StoredError) as ended:
+        linear.pack_stored(kernels, parts)
+    assert (ended.value.part, ended.value.place, ended.value.reason) == (1, len(parts[1].places) - 1, "")
+    os.close(file)
+    with pytest.raises(StoredError, match="Bad file descriptor"):
+        linear.pack_stored(kernels, parts)
+    for part in (replace(parts[0], first_row=1), replace(parts[0], rows=38)):
+        with pytest.raises(ValueError, match="rows"):
+            linear.pack_stored(kernels, [part])
+    other = torch.int8 if few is None else torch.float32
+    with pytest.raises(ValueError, match="don't fit"):
+        linear.pack_stored(kernels, [replace(parts[0], dtype=other)])
 
 
 @pytest.mark.parametrize("to", FLOATS)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +136,46 @@ class Packer(Protocol):
 
     def finish(self, bias: Tensor | None) -> PreparedLinear:
         """The whole weight, with its `bias` [out]; once all rows are there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Rows of a weight that lie in files just as its packer would be given them: whole rows, one behind the other."""
+
+    prepared: PreparedLinear
+    """The weight, from its packer's `finish`."""
+    first_row: int
+    """A multiple of `PACK_ROWS`."""
+    rows: int
+    """Likewise, but for the weight's last."""
+    dtype: torch.dtype
+    """Of the numbers: a float type, or int8 or uint8 of a quantized weight."""
+    places: tuple[tuple[int, int], ...]
+    """The open file's descriptor and the offset of the first row's first byte, of floats, or of a quantized weight's q,
+    its scale and, with int4, its zero."""
+
+
+class StoredError(Exception):
+    """A part can't be read.
+
+    Attributes:
+        part, place: by index, which.
+        reason: the system's words; empty where the file ends before the part does.
+    """
+
+    def __init__(self, part: int, place: int, reason: str) -> None:
+        super().__init__(reason)
+        self.part, self.place, self.reason = part, place, reason
+
+
+@runtime_checkable
+class PacksStored(Protocol):
+    """What a backend has besides `Kernels` if it reads weights from files by itself: in its own threads, and without
+    Python's lock, so that Python has other work done meanwhile."""
+
+    def pack_stored(self, parts: Sequence[StoredPart]) -> None:
+        """Reads and packs them. Raises StoredError."""
         ...
 
 

@@ -130,11 +130,19 @@ class Checkpoint:
             while left.nbytes:
                 count = os.preadv(self._open(stored.path), [left], offset)
                 if not count:
-                    raise ModelError(f"{stored.path}: {stored.name}: the file is truncated: it ends at byte {offset}")
+                    raise unreadable(stored)
                 left, offset = left[count:], offset + count
         except OSError as error:
-            raise ModelError(f"{stored.path}: {stored.name}: cannot be read: {error.strerror or error}") from error
+            raise unreadable(stored, error.strerror or str(error)) from error
         return out
+
+    def place(self, stored: StoredTensor, row: int) -> tuple[int, int]:
+        """The open file's descriptor and the offset where a row of a tensor begins. Raises ModelError."""
+        row_bytes = DTYPES[stored.dtype].itemsize * math.prod(stored.shape[1:])
+        try:
+            return self._open(stored.path), stored.offset + row * row_bytes
+        except OSError as error:
+            raise unreadable(stored, error.strerror or str(error)) from error
 
     def unread(self) -> list[str]:
         """Names that nothing has asked for."""
@@ -144,6 +152,12 @@ class Checkpoint:
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[path]
+
+
+def unreadable(stored: StoredTensor, reason: str = "") -> ModelError:
+    """What a tensor's reader raises: the system's `reason`, or none where the file ends before the tensor does."""
+    told = f"cannot be read: {reason}" if reason else "the file is truncated"
+    return ModelError(f"{stored.path}: {stored.name}: {told}")
 
 
 def cast(rows: Tensor, dtype: torch.dtype, stored: StoredTensor) -> Tensor:

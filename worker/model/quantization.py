@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels.quantized import GROUP, Format, QuantizedWeight, groups
-from worker.model.checkpoint import Checkpoint
+from worker.model.checkpoint import Checkpoint, StoredTensor
 from worker.model.config import ModelConfig
 from worker.model.errors import ModelError
 
@@ -63,20 +63,11 @@ def stored_tensors(name: str, shape: tuple[int, int], format: Format) -> dict[st
     return tensors
 
 
-def read_rows(
-    checkpoint: Checkpoint,
-    name: str,
-    shape: tuple[int, int],
-    format: Format,  # noqa: A002
-    start: int,
-    stop: int,
-) -> QuantizedWeight:
-    """Rows of a stored quantized weight. Raises ModelError."""
-    tensors = [
-        checkpoint.rows(checkpoint.find(stored, size, (dtype,)), start, stop)
-        for stored, (dtype, size) in stored_tensors(name, shape, format).items()
+def find_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, int], format: Format) -> list[StoredTensor]:  # noqa: A002
+    """The tensors that store a quantized weight: q, scale and, of int4, zero. Raises ModelError."""
+    return [
+        checkpoint.find(stored, size, (dtype,)) for stored, (dtype, size) in stored_tensors(name, shape, format).items()
     ]
-    return QuantizedWeight(format, shape[1], *tensors)
 
 
 def cut_columns(weight: QuantizedWeight, start: int, stop: int, name: str) -> QuantizedWeight:

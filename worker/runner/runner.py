@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeGuard
 
@@ -90,6 +90,7 @@ class TorchRunner:
         kv_dtype: what keys and values are kept in, as of `resolve_kv_dtype`.
         quantize: "none", or what the weights are quantized to while they are loaded.
         kernels: the backend; None takes the best there is, on one thread.
+        on_reading: as of `load_model`.
 
     Raises ModelError from the constructor for a folder that cannot be served.
     """
@@ -108,6 +109,7 @@ class TorchRunner:
         quantize: str = "none",
         kernels: Kernels | None = None,
         group: Group | None = None,
+        on_reading: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = ModelConfig.read(folder)
         self.kernels = kernels or choose_kernels(head_dim=self.config.head_dim).kernels
@@ -127,7 +129,15 @@ class TorchRunner:
         self._buffers = Buffers(self.kernels.activation_dtype(self.dtype), self.kernels.device)
         self._windows = tuple(dict.fromkeys(self.config.windows))
         with torch.inference_mode():
-            self._model = load_model(folder, self.config, self.kernels, self.dtype, group=group, quantize=quantize)
+            self._model = load_model(
+                folder,
+                self.config,
+                self.kernels,
+                self.dtype,
+                group=group,
+                quantize=quantize,
+                on_reading=on_reading,
+            )
         self.caches: tuple[KVCache, ...] = ()
         """One a layer of this stage."""
         self._replay: Replay | None = None

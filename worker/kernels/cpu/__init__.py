@@ -18,6 +18,7 @@ from worker.kernels.interface import (
     PreparedLinear,
     RaggedBatch,
     SamplingBatch,
+    StoredPart,
     WeightSpec,
 )
 from worker.kernels.reference import logits as reference_logits
@@ -58,6 +59,9 @@ class CpuKernels:
     def packer(self, spec: WeightSpec) -> Packer:
         # One copy serves products and lookups.
         return linear.Packer(self.native, spec.out_features, spec.in_features, spec.quantized or _FLOATS[spec.dtype])
+
+    def pack_stored(self, parts: Sequence[StoredPart]) -> None:
+        linear.pack_stored(self.native, parts)
 
     def nbytes(self, prepared: PreparedLinear) -> int:
         size: int = prepared.nbytes

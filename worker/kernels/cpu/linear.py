@@ -6,6 +6,8 @@ that packed it.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, TypeAlias
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from worker.kernels import quantized
 from worker.kernels.cpu.memory import zeros
+from worker.kernels.interface import PACK_ROWS, StoredError, StoredPart
 from worker.kernels.quantized import QuantizedWeight
 
 Format: TypeAlias = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -105,6 +108,25 @@ class Packer:
             self._data.data_ptr(),
             0 if bias is None else bias.data_ptr(),
         )
+
+
+def pack_stored(module: ModuleType, parts: Sequence[StoredPart]) -> None:
+    """Reads and packs parts of weights whose packers have finished. Raises StoredError."""
+    given = []
+    for part in parts:
+        packed: PackedLinear = part.prepared
+        if part.first_row % PACK_ROWS or part.first_row + part.rows > packed.out_features:
+            raise ValueError(f"rows {part.first_row} to {part.first_row + part.rows} of {packed.out_features}")
+        if (part.dtype in _FLOATS) != (packed.format in _FLOATS.values()):
+            raise ValueError(f"{part.dtype} rows don't fit a {packed.format} weight")
+        source = _CODES[_FLOATS.get(part.dtype, packed.format)]
+        given.append(
+            (packed.code, packed.address, packed.in_features, part.first_row, part.rows, source, list(part.places))
+        )
+    failure = module.pack_stored(given)
+    if failure is not None:
+        index, place, error = failure
+        raise StoredError(index, place, os.strerror(error) if error else "")
 
 
 def pack(module: ModuleType, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:

@@ -9,7 +9,9 @@
 #endif
 
 #include <functional>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,6 +22,7 @@
 #include "pool.h"
 #include "rows.h"
 #include "select.h"
+#include "stored.h"
 
 namespace py = pybind11;
 
@@ -179,6 +182,21 @@ void philox_words(Address ids, Address rows, int64_t count, Address positions, A
                         at<const int64_t>(choices), at<const uint64_t>(seeds), at<int64_t>(words));
 }
 
+// Format, packed weight, input features, first row, rows, format of stored floats, and each tensor's file and offset.
+using PartOfFile = std::tuple<int, Address, int64_t, int64_t, int64_t, int, std::vector<std::pair<int, int64_t>>>;
+
+std::optional<std::tuple<int64_t, int64_t, int>> pack_stored(const std::vector<PartOfFile>& given) {
+    const py::gil_scoped_release unlocked;
+    std::vector<qwire::StoredPart> parts;
+    for (const auto& [format, packed, in, first, count, source, tensors] : given) {
+        parts.push_back({qwire::Format(format), at(packed), in, first, count, qwire::Format(source), {}});
+        for (const auto& [file, offset] : tensors) parts.back().tensors.push_back({file, offset});
+    }
+    const auto failure = qwire::pack_stored(parts);
+    if (!failure) return std::nullopt;
+    return std::tuple(failure->part, failure->tensor, failure->error);
+}
+
 // Kernels may take long enough for other Python threads to want the lock.
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -205,6 +223,7 @@ void def_linear(py::module_& module) {
                              at<uint8_t>(zero));
         },
         Unlocked());
+    module.def("pack_stored", &pack_stored);
     module.def("gather_pages", [](Address from, int64_t bytes) { return qwire::gather_pages(at(from), bytes); },
                Unlocked());
     module.def(
