@@ -81,10 +81,6 @@ void multiply(const Weights& w, const TiledRows& rows) {
 // Fewer rows are multiplied faster as they are.
 constexpr int64_t kAmxRows = 48;
 
-bool by_amx(Format format, int64_t rows) {
-    return rows >= kAmxRows && (format == Format::kBfloat16 || format == Format::kInt8);
-}
-
 void linear_amx(const Weights& w, int64_t rows, const FloatRows& x) {
     const bool fixed = w.format == Format::kBfloat16;
     const int digits = fixed ? kFixedDigits : 1;
@@ -182,7 +178,8 @@ void linear(Format format, const void* packed, int64_t out, int64_t in, const fl
             float* y, int64_t y_stride) {
     const Weights w{format, packed, out, in, bias, y, y_stride};
 #if defined(__AMX_INT8__)
-    if (by_amx(format, rows)) return linear_amx(w, rows, x);
+    const bool floats = format == Format::kFloat32 || format == Format::kFloat16;
+    if (rows >= kAmxRows && !floats) return linear_amx(w, rows, x);
 #endif
     if (kFixedPoint && format == Format::kBfloat16) return linear_fixed(w, rows, x);
     if (format == Format::kInt8 || format == Format::kInt4) return linear_quantized(w, rows, x);

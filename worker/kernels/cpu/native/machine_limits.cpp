@@ -74,7 +74,7 @@ double measure_fma(double seconds) {
 #if defined(__AMX_INT8__)
 double measure_int8(double seconds) {
     return measure(seconds, 8.0 * kLoops * 16 * 16 * 64, [] {
-        static constexpr TileConfig config;
+        static constexpr TileConfig config(64);
         _tile_loadconfig(&config);
         for (int i = 0; i < kLoops; ++i) {  // whatever the tiles hold
             _tile_dpbssd(0, 4, 6);

@@ -7,11 +7,15 @@
 
 namespace qwire {
 
-// All of 16 rows of 64 bytes.
+// For products of 16 rows, 16 columns and `k` values of K, up to 64.
 struct alignas(64) TileConfig {
+    explicit constexpr TileConfig(int k)
+        : row_bytes{64, 64, 64, 64, uint16_t(k), uint16_t(k), 64, 64},
+          rows{16, 16, 16, 16, 16, 16, uint8_t(k / 4), uint8_t(k / 4)} {}
+
     uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
 };
 
 }  // namespace qwire
