@@ -8,7 +8,8 @@
 //   a w = 4096 a1 w1 + 64 ((a1 + a0) (w1 + w0) - a1 w1 - a0 w0) + a0 w0
 //
 // Sums leave tiles through memory, and a store of one keeps their unit for as long as a product does (on Emerald Rapids). To
-// make floats of one group's while the next one is multiplied gained nothing, and cost int4 a third.
+// make floats of one group's while the next one is multiplied gained nothing, and cost int4 a third. Fixed-point weights
+// that are kept as digits, in 16 bits, gained 0 to 6% with many rows, and one row took half as long again.
 #pragma once
 
 #include <algorithm>
@@ -212,7 +213,8 @@ void multiply_pairs(const Panel& panel, const BlockedRows& rows, int64_t first, 
     _tile_release();
     const Output output = output_of(panel, rows.rows);
     for (int64_t row = first_row; row < end_row; ++row, outputs += kPanel)
-        for (int half = 0; half < 2; ++half) put(output, int(row), half * kWidth, load<Floats>(outputs + half * kWidth) * T::Packed::kUnit);
+        for (int half = 0; half < 2; ++half)
+            put(output, int(row), half * kWidth, load<Floats>(outputs + half * kWidth) * T::Packed::kUnit);
     if (output.past_caches) finish_past_caches();
 }
 
