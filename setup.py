@@ -22,7 +22,7 @@ INSTRUCTION_SETS = {
     "avx2": AVX2,
     "portable": [],
 }
-"""Name (as in worker.kernels.cpu.native) and compiler flags. Modules share no symbols, so that none can be entered on a
+"""Name (as in worker.kernels.names) and compiler flags. Modules share no symbols, so that none can be entered on a
 machine that lacks its instructions."""
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.start --model FOLDER [--rounds 5] [--kv-cache-mib 512] [--python OTHER/.venv/bin/python]
 
-Router and tokenizer service are up, and the client's request waits, before each start. `--python`, several times if
-need be, names environments whose workers are started in turn: a machine's speed changes from minute to minute, a ratio
-less. Read the model's files before, or the first start reads them from the disk.
+Router and tokenizer service are up before each start; the client's request waits for the worker. `--python`, several
+times if need be, names environments whose workers are started in turn: a machine's speed changes from minute to minute,
+a ratio less. Read the model's files before, or the first start reads them from the disk.
 """
 
 from __future__ import annotations

@@ -22,5 +22,5 @@ fi
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --editable .
 # Importing torch takes more than twice as long where Python has to compile its modules first, and it does so at every start
 # of a process that may not write bytecode. Some packages hold files in the syntax of other Pythons: those stay as they are.
-.venv/bin/python -m compileall -qq -j 0 .venv/lib qwire router tokenizer_svc worker bridge || true
+.venv/bin/python -m compileall -qq -j 0 .venv/lib qwire router tokenizer_svc worker || true
 echo "$stamp" > .venv/stamp

@@ -1,7 +1,7 @@
 """`python -m worker serve|bench|convert|doctor|quantize`: the commands, each with what it takes to run.
 
-This module imports no torch, which takes seconds: until then help and wrong settings are answered, and `serve` begins
-what needs none.
+This module imports no torch, which takes seconds: `serve --help` and settings that cannot be are answered before it,
+and `serve` begins what needs none.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ def bench(runner: TorchRunner, case: Case, limits: Limits, max_step_tokens: int)
 
 def _product_limit(limits: Limits, runner: TorchRunner) -> float:
     """Operations a second that products with these weights can reach: quantized ones are multiplied as bytes, bfloat16
-    ones as words or digits, which take two or three times that, where the kernels keep them in fixed point."""
+    ones as words or digits, which take two or three times that, where the kernels keep them in fixed point. int4's
+    limit is int8's, though its groups of 32 fill half of a tile of AMX."""
     if limits.int8_op_per_s is None:
         return limits.flop_per_s
     if runner.quantization != "none":

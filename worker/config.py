@@ -35,7 +35,7 @@ class WorkerConfig:
     isa: str = setting(
         default="auto",
         help="Instruction set of the cpu kernels; auto takes the best that this machine has. Workers that are to give "
-        "the same tokens need the same one.",
+        "the same tokens need the same one; avx512_amx and avx512_vnni give the same.",
         type=click.Choice(["auto", *INSTRUCTION_SETS]),
     )
     dtype: str = setting(

@@ -23,7 +23,9 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert served_name(f"{folder}/") == "my-model"
 
 
-def test_names_that_are_nothing(tmp_path: Path) -> None:
+def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "file.gguf").touch()
     with pytest.raises(HubError, match="is a file"):
         resolve(str(tmp_path / "file.gguf"))

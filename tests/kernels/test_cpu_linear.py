@@ -138,19 +138,21 @@ def test_instruction_sets_agree(format: Format) -> None:  # noqa: A002
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=0.05 if format == "bfloat16" else 2e-4)
 
 
+@pytest.mark.parametrize("most", [127.0, -127.0])
 @pytest.mark.parametrize("format", FORMATS)
-def test_extreme_integers(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+def test_extreme_integers(kernels: ModuleType, format: Format, most: float) -> None:  # noqa: A002
     """The largest products, all of one sign: nothing saturates."""
     if format in FLOATS:
-        weight = torch.full((32, 512), 127.0)
+        weight = torch.full((32, 512), most)
         packed = linear.pack(kernels, weight.to(FLOATS[format]))
     else:
         assert format == "int8" or format == "int4"
-        few = quantized.quantize(torch.full((32, 512), 127.0), format)
+        few = quantized.quantize(torch.full((32, 512), most), format)
         weight = quantized.dequantize(few)
         packed = linear.pack(kernels, few)
-    for x in (torch.full((4, 512), 127.0), torch.full((4, 512), -127.0), torch.full((50, 512), -127.0)):
-        torch.testing.assert_close(linear.linear(kernels, x, packed), x @ weight.t(), rtol=1e-6, atol=0)
+    for rows, value in ((4, 127.0), (4, -127.0), (50, 127.0), (50, -127.0)):
+        x = torch.full((rows, 512), value)
+        torch.testing.assert_close(linear.linear(kernels, x, packed), x @ weight.t(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -223,12 +225,14 @@ def test_packing_from_files(kernels: ModuleType, format: Format, size: int, tmp_
     os.close(file)
     with pytest.raises(StoredError, match="Bad file descriptor"):
         linear.pack_stored(kernels, parts)
-    for part in (replace(parts[0], first_row=1), replace(parts[0], rows=38)):
+    for wrong in ({"first_row": 1}, {"first_row": -32}, {"rows": 38}, {"rows": 0}, {"first_row": 0, "rows": 33}):
         with pytest.raises(ValueError, match="rows"):
+            linear.pack_stored(kernels, [replace(parts[0], **wrong)])  # type: ignore[arg-type]
+    others = torch.float32, torch.int8, torch.uint8
+    misfits = [replace(parts[0], dtype=other) for other in others[0 if few else 1 :] if other != parts[0].dtype]
+    for part in (*misfits, replace(parts[0], places=parts[0].places[1:])):
+        with pytest.raises(ValueError, match="don't fit"):
             linear.pack_stored(kernels, [part])
-    other = torch.int8 if few is None else torch.float32
-    with pytest.raises(ValueError, match="don't fit"):
-        linear.pack_stored(kernels, [replace(parts[0], dtype=other)])
 
 
 @pytest.mark.parametrize("to", FLOATS)

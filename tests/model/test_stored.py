@@ -30,12 +30,13 @@ class Handed:
 
 
 class Reading(CpuKernels):
-    """Counts the weights that it reads."""
+    """Counts the weights that it reads, and notes which rows of each."""
 
     read = 0
 
     def pack_stored(self, parts: Any) -> None:
         self.read += len({id(part.prepared) for part in parts})
+        self.rows = {(id(part.prepared), part.first_row, part.rows) for part in parts}
         super().pack_stored(parts)
 
 
@@ -75,8 +76,15 @@ def test_what_is_read_is_what_would_be_handed_over(tmp_path: Path, kernels: Read
 def test_rows_that_share_a_panel_with_others_are_handed_over(tmp_path: Path, kernels: Reading) -> None:
     folder = write_random_qwen3(tmp_path, head_dim=16, heads=2, kv_heads=1)
     wanted = packed(folder, Handed(kernels), Shard())
-    got = packed(folder, kernels, Shard())
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    config = ModelConfig.read(folder)
+    model = load_model(folder, config, kernels, getattr(torch, config.dtype), Shard())
+    got = {name: layer for name, layer in model.named_modules() if isinstance(layer, Matrix)}
+    assert all(torch.equal(got[name].prepared.data, wanted[name]) for name in wanted)
+    qkv = [layer.prepared for layer in got.values() if len(layer.parts) == 3]
+    assert len(qkv) == 2
+    # 32 rows of q, and 16 of k and v each, which are joined.
+    read = [(first, rows) for weight, first, rows in kernels.rows if weight in map(id, qkv)]
+    assert read == [(0, 32)] * 2
 
 
 def test_weights_that_are_converted_are_handed_over(tmp_path: Path, kernels: Reading) -> None:

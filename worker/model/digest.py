@@ -14,6 +14,8 @@ from worker.model.files import weight_files
 PART_BYTES = 64 * 2**20
 """Of a file that are read and hashed at a time: long enough that Python's lock, which another thread may hold for some
 milliseconds before each, is a matter of little time."""
+PART_BYTES_AHEAD = 8 * 2**20
+"""Likewise, while reading ahead: whoever stops it waits for the part at hand."""
 
 
 class WeightsDigest:
@@ -27,14 +29,14 @@ class WeightsDigest:
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
-        """Has a thread read while the block runs. It has ended when the block is left. What it can't read, `finish`
-        tells of."""
+        """Has a thread read while the block runs, and waits for it to end when the block is left: a part of
+        `PART_BYTES_AHEAD`. What it can't read, `finish` tells of."""
         left = threading.Event()
 
         def read() -> None:
             with suppress(ModelError, OSError):
                 self._begin()
-                self._read(left)
+                self._read(PART_BYTES_AHEAD, left)
 
         thread = threading.Thread(target=read, name="weights digest", daemon=True)
         thread.start()
@@ -50,7 +52,7 @@ class WeightsDigest:
         try:
             if weights_state(self._folder) != self._state:
                 self._begin()
-            self._read(threading.Event())
+            self._read(PART_BYTES, threading.Event())
         except OSError as error:
             raise ModelError(f"{error.filename or self._folder}: cannot be read: {error.strerror or error}") from error
         return self._total.hexdigest()
@@ -62,9 +64,9 @@ class WeightsDigest:
         self._file, self._total = hashlib.sha256(), hashlib.sha256()
         self._state = weights_state(self._folder)
 
-    def _read(self, left: threading.Event) -> None:
+    def _read(self, part_bytes: int, left: threading.Event) -> None:
         """Until all is read or `left` is set. Whatever ends it, it can be called again."""
-        part = memoryview(bytearray(PART_BYTES if self._files else 0))
+        part = memoryview(bytearray(part_bytes if self._files else 0))
         while self._files and not left.is_set():
             # Opened for each part: processes forked from this one have places of their own in it.
             with self._files[0].open("rb", buffering=0) as file:

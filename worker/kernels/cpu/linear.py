@@ -25,6 +25,8 @@ Format: TypeAlias = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 _CODES: dict[Format, int] = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 """As in native/linear.h."""
 _FLOATS: dict[torch.dtype, Format] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_STORED: dict[Format, tuple[torch.dtype, int]] = {"int8": (torch.int8, 2), "int4": (torch.uint8, 3)}
+"""The numbers of a stored weight that isn't floats, and how many tensors it takes: q, scale and, with int4, zero."""
 _CHUNK_WEIGHTS = 2**23
 """Weights that `pack` hands on at a time, so that conversions need little memory."""
 
@@ -115,10 +117,15 @@ def pack_stored(module: ModuleType, parts: Sequence[StoredPart]) -> None:
     given = []
     for part in parts:
         packed: PackedLinear = part.prepared
-        if part.first_row % PACK_ROWS or part.first_row + part.rows > packed.out_features:
-            raise ValueError(f"rows {part.first_row} to {part.first_row + part.rows} of {packed.out_features}")
-        if (part.dtype in _FLOATS) != (packed.format in _FLOATS.values()):
-            raise ValueError(f"{part.dtype} rows don't fit a {packed.format} weight")
+        end = part.first_row + part.rows
+        if part.first_row % PACK_ROWS or not 0 <= part.first_row < end <= packed.out_features:
+            raise ValueError(f"rows {part.first_row} to {end} of {packed.out_features}")
+        if part.rows % PACK_ROWS and end < packed.out_features:
+            raise ValueError(f"{part.rows} rows: others may share their last panel")
+        few = _STORED.get(packed.format)
+        fits = (part.dtype, len(part.places)) == few if few else part.dtype in _FLOATS and len(part.places) == 1
+        if not fits:
+            raise ValueError(f"{len(part.places)} tensors of {part.dtype} don't fit a {packed.format} weight")
         source = _CODES[_FLOATS.get(part.dtype, packed.format)]
         given.append(
             (packed.code, packed.address, packed.in_features, part.first_row, part.rows, source, list(part.places))

@@ -86,7 +86,7 @@ void linear_amx(const Weights& w, int64_t rows, const FloatRows& x) {
     const int digits = fixed ? kFixedDigits : 1;
     const BlockedRows to(scratch(0, BlockedRows::bytes(rows, w.in, digits)), rows, w.in, digits);
     fixed ? fix_rows(to, w.in, x) : quantize_rows(to, w.in, x);
-    multiply(w, to, ceil_div(rows, kPairRows), std::max<int64_t>(1, kRowBytes / (2 * to.tile_bytes)));
+    multiply(w, to, ceil_div(rows, kPairRows), std::max(kLeastPairs, kRowBytes / (2 * to.tile_bytes)));
 }
 #endif
 

@@ -3,9 +3,11 @@
 //
 // Two tiles of rows meet a panel's two halves: four tiles of sums, read with two of rows and two of weights. 128 values of K
 // share a scale of their row. They take one product with int8 weights, four with int4 ones, whose scales are for 32 each, and
-// three in fixed point, of digits: a = 64 a1 + a0 and w = 64 w1 + w0, all of them of 7 bits, make
+// three in fixed point, of digits: a = 64 a1 + a0 and w = 64 w1 + w0 make
 //
 //   a w = 4096 a1 w1 + 64 ((a1 + a0) (w1 + w0) - a1 w1 - a0 w0) + a0 w0
+//
+// of numbers from -64 to 126, which bytes hold.
 //
 // Sums leave tiles through memory, and a store of one keeps their unit for as long as a product does (on Emerald Rapids). To
 // make floats of one group's while the next one is multiplied gained nothing, and cost int4 a third. Fixed-point weights
@@ -22,8 +24,9 @@
 namespace qwire {
 
 constexpr int64_t kPairRows = 2 * kTileRows, kPairSums = kPairRows * kPanel;
-// Bytes of rows that meet all panels before the next ones do: they stay in the level-2 cache.
-constexpr int64_t kRowBytes = 1200 << 10;
+// Bytes of rows that meet all panels before the next ones do: they stay in the level-2 cache. Fewer pairs would not be worth
+// unpacking the weights for: at K = 9728 bfloat16 took twice as long with one at a time as with four.
+constexpr int64_t kRowBytes = 1200 << 10, kLeastPairs = 4;
 // Formats: digits of a weight, groups of weights in 128 values of K, values of K of a tile, and how many times 128 stay in the
 // level-1 cache beside rows and sums. 128 are kept as tiles read them: [32] floats of scales for each group, then for each
 // digit and step along K the low columns and the high ones, [kTileK / 4][16 columns][4 values of K].

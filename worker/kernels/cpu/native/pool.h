@@ -19,7 +19,7 @@ using Task = void (*)(void* context, int64_t task);
 void run_tasks(int64_t tasks, Task task, void* context);
 
 // Calls f(task) for each task in [0, tasks), on all threads; returns when all are done. At most 2^20 - 1 tasks. Not
-// reentrant. The caller takes part, and goes alone where there is one task.
+// reentrant, but for one task: the caller takes part, and goes alone where there is one.
 template <class F>
 void parallel_for(int64_t tasks, F&& f) {
     using Function = std::remove_reference_t<F>;

@@ -108,8 +108,9 @@ void quantize_rows(const QuantizedRows& to, const FloatRows& x);
 
 #if defined(__AMX_INT8__)
 // Rows as AMX's tiles read them: [tile of 16 rows][group of 128][digit][128 / 64][16][64] bytes. Quantized rows have one digit;
-// fixed-point ones have three, of 7 bits: the high 7 bits, the low 6 and the sum of both, and of every four values the
-// second and the third in each other's place.
+// fixed-point ones have three: of 64 a1 + a0 a1 (-64 to 63), a0 (0 to 63) and their sum (-64 to 126), all of which bytes
+// hold; and of every four values the second and the third are in each other's place.
+static_assert(kFixedBits == 12 && kFixedMost < 4096);
 constexpr int64_t kTileRows = 16, kTileBytes = 1024, kGroupTileBytes = kRowGroup / 64 * kTileBytes;
 
 struct BlockedRows {
