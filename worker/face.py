@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from qwire.errors import QwireError, Reason
+from qwire.service.server import Listener, Server
 from qwire.v1 import worker_pb2 as pb
 from qwire.v1 import worker_pb2_grpc
 from worker.cache_feed import CacheFeed
@@ -37,6 +38,9 @@ LONGEST_STEP_SECONDS = 600.0
 """A step is stuck once it takes longer than the first, and the second many times what steps before it say it should;
 and at the latest, of an engine's first step too, after the third."""
 WEDGE_LOOK_SECONDS = 0.5
+MAX_SUBMIT_BYTES = 4 * 1024 * 1024
+FAULT_FLUSH_SECONDS = 0.5
+"""For routers to read which requests were in the step that raised."""
 LAST_FRAMES_SECONDS = 1.0
 """For routers to read what is in their outboxes when the worker stops."""
 
@@ -312,3 +316,19 @@ def _link_and_attempt(key: Hashable) -> tuple[int, int]:
         raise TypeError(f"not a key of this face: {key!r}")
     number, attempt = key
     return number, attempt
+
+
+def server_of(face: WorkerFace, listener: Listener, *, announce: bool = True) -> Server:
+    """The server that routers link to. `announce` as of `Server`. Raises ConfigError for a listener that can't be."""
+    server = Server(
+        listener,
+        max_message_bytes=MAX_SUBMIT_BYTES,
+        announce=announce,
+        options=[("grpc.keepalive_time_ms", 1_000)],  # what a router has here goes when its machine does
+    )
+    server.add(
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server,
+        face,
+        pb.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+    )
+    return server

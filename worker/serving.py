@@ -10,13 +10,12 @@ import time
 from dataclasses import asdict, dataclass, replace
 
 from qwire.service.config import EXIT_CONFIGURATION, EXIT_UNUSABLE_MODEL, ConfigError
-from qwire.service.server import Listener, Server, run, until_signal
-from qwire.v1 import worker_pb2, worker_pb2_grpc
+from qwire.service.server import Listener, run, until_signal
 from worker.config import WorkerConfig
 from worker.constraints.grammars import Grammars
 from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
-from worker.face import WorkerFace
+from worker.face import FAULT_FLUSH_SECONDS, WorkerFace, server_of
 from worker.identity import describe, read_digests
 from worker.kernels import pin_threads, usable_cpus
 from worker.loading import connect, gather_pages_later, load, threads_of
@@ -35,9 +34,6 @@ from worker.runner.runner import TorchRunner
 
 log = logging.getLogger(__name__)
 
-MAX_SUBMIT_BYTES = 4 * 1024 * 1024
-FAULT_FLUSH_SECONDS = 0.5
-"""For routers to read which requests were in the step that raised."""
 FAULT_SECONDS = 0.4
 """For a step to raise after a rank has died: its connections break at once."""
 
@@ -163,17 +159,7 @@ async def serve(
         check_steps=config.check_steps,
     )
     face.attach(engine)
-    server = Server(
-        Listener(config.listen, config.insecure_bind),
-        max_message_bytes=MAX_SUBMIT_BYTES,
-        announce=False,
-        options=[("grpc.keepalive_time_ms", 1_000)],  # what a router has here goes when its machine does
-    )
-    server.add(
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-        face,
-        worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
-    )
+    server = server_of(face, Listener(config.listen, config.insecure_bind), announce=False)
     address = await server.start()
     # Before anyone can know the address, or a group that dies now would leave it behind.
     Remembered(address, digests.weights, state).leave(place)

@@ -12,17 +12,15 @@ from pathlib import Path
 import click
 
 from qwire.service.config import command
-from qwire.service.server import Listener, Server, run, until_signal
-from qwire.v1 import models_pb2, worker_pb2_grpc
+from qwire.service.server import Listener, run, until_signal
+from qwire.v1 import models_pb2
 from qwire.v1 import worker_pb2 as pb
 from worker.engine.engine import Engine
 from worker.engine.scheduler import SchedulerLimits
-from worker.face import WorkerFace
+from worker.face import FAULT_FLUSH_SECONDS, WorkerFace, server_of
 from worker.fake.config import FakeWorkerConfig
 from worker.fake.runner import FakeRunner, StepCost
 
-MAX_SUBMIT_BYTES = 4 * 1024 * 1024
-FAULT_FLUSH_SECONDS = 0.5
 KV_DTYPE = "fake"
 
 
@@ -86,16 +84,7 @@ async def serve(config: FakeWorkerConfig, runner: type[FakeRunner] = FakeRunner)
         fault=face.fault,
     )
     face.attach(engine)
-    server = Server(
-        Listener(config.listen, config.insecure_bind),
-        max_message_bytes=MAX_SUBMIT_BYTES,
-        options=[("grpc.keepalive_time_ms", 1_000)],
-    )
-    server.add(
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-        face,
-        pb.DESCRIPTOR.services_by_name["WorkerService"].full_name,
-    )
+    server = server_of(face, Listener(config.listen, config.insecure_bind))
     await server.start()
     engine.start()
     await server.set_serving(True)
