@@ -24,8 +24,13 @@ constexpr bool kScaled = std::is_same_v<T, int8_t>;
 
 // Whether queries and weights become fixed-point values, two to a unit, whose products with codes are summed exactly;
 // else they, and keys and values, are multiplied as floats, each a unit.
+#if defined(__AVX512VNNI__)
 template <class T>
-constexpr bool kPaired = kFixedPoint && kScaled<T>;
+constexpr bool kPaired = kScaled<T>;
+#else
+template <class T>
+constexpr bool kPaired = false;
+#endif
 template <class T>
 using Unit = std::conditional_t<kPaired<T>, int32_t, float>;
 template <class T>

@@ -21,12 +21,13 @@ constexpr int kBlock = 128;                    // values of K
 constexpr int kBlockChunks = kBlock / kChunk;
 constexpr int64_t kMostRows = 512;  // at a time, so that their sums stay in the level-2 cache
 constexpr int64_t kStreamed = 3;    // tiles up to which weights are prefetched at the pace at which they are read
-static_assert(kBlock == kInt8Group && kBlock == kRowGroup && kChunk == kInt4Group && kIntTile == kTile);
+static_assert(kBlock == kInt8Group && kBlock == kFixedGroup && kBlock == kRowGroup && kChunk == kInt4Group);
+static_assert(kIntTile == kTile && kChunkWords == kChunk / 2);
 
 // One block of a panel times one tile of rows.
 struct Block {
     const char* scales;     // integer only: the block's, or the first group's
-    const char* weights;    // past these scales
+    const char* weights;    // past these scales, or unpacked
     int64_t chunks;         // of K
     const void* rows;       // [chunk][tile rows][kChunk], as floats, pairs or bytes
     const int32_t* starts;  // integer only: [tile rows] of int8, [chunk][tile rows] sums of int4
@@ -129,19 +130,58 @@ QWIRE_INLINE void add_scaled(float* to, Ints low, Ints high, float row_scale, co
     store(to + 16, multiply_add(__builtin_convertvector(high, Floats) * scale, scales.high, load<Floats>(to + 16)));
 }
 
-// Half 0 of four values are those that `dot` calls even, half 1 the odd ones.
-struct PackedInt8 {
-    static constexpr int64_t kStep = 128;
-    static QWIRE_INLINE Ints half(const char* at, int half) {
-        const Ints bytes = load<Ints>(at);
-        return half ? (Ints)_mm256_srli_epi16((__m256i)bytes, 8) : bytes & 0x00ff00ff;
+// Weights as pairs of 16-bit values: steps that are unpacked together, of two values of K each, and their bytes.
+struct PackedInt8 {  // a step: of four values those that `dot` calls even, or the odd ones
+    static constexpr int kSteps = 2;
+    static constexpr int64_t kBytes = 128;
+    static QWIRE_INLINE void load(const char* at, int step, int pass, Ints& low, Ints& high) {
+        low = half(at + pass * 32, step);
+        high = half(at + pass * 32 + 64, step);
     }
-    static QWIRE_INLINE Ints low(const char* at, int pass, int h) { return half(at + pass * 32, h); }
-    static QWIRE_INLINE Ints high(const char* at, int pass, int h) { return half(at + pass * 32 + 64, h); }
+
+   private:
+    static QWIRE_INLINE Ints half(const char* at, int step) {
+        const Ints bytes = qwire::load<Ints>(at);
+        return step ? (Ints)_mm256_srli_epi16((__m256i)bytes, 8) : bytes & 0x00ff00ff;
+    }
 };
 
-template <bool kStreams, int R>
-void int8_block(const Block& b) {
+struct PackedFixed {
+    static constexpr int kSteps = kFixedSteps;
+    static constexpr int64_t kBytes = kFixedBlockBytes;
+    static QWIRE_INLINE void load(const char* at, int step, int pass, Ints& low, Ints& high) {
+        unpack_fixed(at, step, pass, low, high);
+    }
+};
+
+struct Unpacked {
+    static constexpr int kSteps = 2;
+    static constexpr int64_t kBytes = 256;
+    static QWIRE_INLINE void load(const char* at, int step, int pass, Ints& low, Ints& high) {
+        at += step * 128 + pass * 32;
+        low = qwire::load<Ints>(at), high = qwire::load<Ints>(at + 64);
+    }
+};
+
+constexpr int kChunkSteps = kChunk / 2;
+
+// A block of fixed-point values for several tiles, which would each take a third of their time to unpack it.
+inline const char* unpack_block(const char* from, int64_t chunks) {
+    auto* to = static_cast<char*>(scratch(2, kBlockChunks * kChunkSteps * 128));
+    for (int64_t step = 0; step < chunks * kChunkSteps; step += kFixedSteps, from += kFixedBlockBytes) {
+        for (int64_t i = 0; i < kFixedBlockBytes; i += 64) __builtin_prefetch(from + kFar + i, 0, 0);
+        unroll<kFixedSteps * kPasses>(QWIRE_EACH(i) {
+            Ints low, high;
+            unpack_fixed(from, i / kPasses, i % kPasses, low, high);
+            char* at = to + (step + i / kPasses) * 128 + i % kPasses * 32;
+            store(at, low), store(at + 64, high);
+        });
+    }
+    return to;
+}
+
+template <class W, bool kStreams, int R>
+void pairs_block(const Block& b) {
     constexpr int P = pairs(R);
     unroll<kPasses / P>(QWIRE_EACH(turn) {
         constexpr int pass = turn * P;
@@ -149,15 +189,15 @@ void int8_block(const Block& b) {
         const int32_t* rows = static_cast<const int32_t*>(b.rows);
         Ints sums[R * P][2];
         unroll<R * P>(QWIRE_EACH(i) { sums[i][0] = sums[i][1] = broadcast(b.starts[i / P]); });
-        for (int64_t chunk = 0; chunk < b.chunks; ++chunk, rows += R * kChunkWords) {
-            ahead = prefetch_chunk<kStreams, R * kChunkWords * 4>(b, ahead, chunk, pass);
-            for (int k = 0; k < kChunk / 4; ++k, at += PackedInt8::kStep) {
-                prefetch_step<kStreams, PackedInt8::kStep>(at, pass);
-                unroll<2 * P>(QWIRE_EACH(i) {
-                    constexpr int half = i / P;
-                    const Ints low = PackedInt8::low(at, pass + i % P, half), high = PackedInt8::high(at, pass + i % P, half);
+        for (int64_t chunk = 0; chunk < b.chunks; ++chunk, rows += R * kChunkSteps) {
+            ahead = prefetch_chunk<kStreams, R * kChunkSteps * 4>(b, ahead, chunk, pass);
+            for (int step = 0; step < kChunkSteps; step += W::kSteps, at += W::kBytes) {
+                prefetch_step<kStreams, W::kBytes>(at, pass);
+                unroll<W::kSteps * P>(QWIRE_EACH(i) {
+                    Ints low, high;
+                    W::load(at, i / P, pass + i % P, low, high);
                     unroll<R>(QWIRE_EACH(r) {
-                        multiply_row(rows[r * kChunkWords + k * 2 + half], low, high, sums[r * P + i % P]);
+                        multiply_row(rows[r * kChunkSteps + step + i / P], low, high, sums[r * P + i % P]);
                     });
                 });
             }
@@ -229,23 +269,28 @@ template <bool kStreams, class W, int... R>
 constexpr Kernels float_blocks(std::integer_sequence<int, R...>) {
     return {float_block<kStreams, W, R + 1>...};
 }
-template <bool kStreams, int... R>
-constexpr Kernels int8_blocks(std::integer_sequence<int, R...>) {
-    return {int8_block<kStreams, R + 1>...};
+template <class W, bool kStreams, int... R>
+constexpr Kernels pairs_blocks(std::integer_sequence<int, R...>) {
+    return {pairs_block<W, kStreams, R + 1>...};
 }
 template <bool kStreams, int... R>
 constexpr Kernels int4_blocks(std::integer_sequence<int, R...>) {
     return {int4_block<kStreams, R + 1>...};
 }
 
+// What a panel meets: a tile that its weights stream past, few tiles that they do, or many.
+enum class Meets { kTile, kFew, kMany };
+
 // By rows of the tile, less one.
-template <bool kStreams>
+template <Meets meets>
 const Kernels& kernels(Format format) {
     using Rows = std::make_integer_sequence<int, kTile>;
+    constexpr bool kOne = meets == Meets::kTile, kStreams = meets != Meets::kMany;
     static constexpr auto float32 = float_blocks<kStreams, Float32>(Rows());
-    static constexpr auto bfloat16 = float_blocks<kStreams, Bfloat16>(Rows());
     static constexpr auto float16 = float_blocks<kStreams, Float16>(Rows());
-    static constexpr auto int8 = int8_blocks<kStreams>(Rows()), int4 = int4_blocks<kStreams>(Rows());
+    static constexpr auto bfloat16 = pairs_blocks<std::conditional_t<kOne, PackedFixed, Unpacked>, kOne>(Rows());
+    static constexpr auto int8 = pairs_blocks<PackedInt8, kStreams>(Rows());
+    static constexpr auto int4 = int4_blocks<kStreams>(Rows());
     switch (format) {
         case Format::kFloat32: return float32;
         case Format::kBfloat16: return bfloat16;
@@ -260,11 +305,15 @@ const Kernels& kernels(Format format) {
 inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t first, int64_t last) {
     const Tiles& tiles = rows.tiles;
     const Format format = panel.format;
-    const bool integer = format == Format::kInt8 || format == Format::kInt4;
+    const bool fixed = format == Format::kBfloat16, integer = fixed || format == Format::kInt8 || format == Format::kInt4;
+    const bool unpacks = last - first > 1 && fixed;
     const int64_t first_row = tiles.first(first), count = tiles.first(last) - first_row;
     const int64_t chunks = ceil_div(panel.in, kChunk), chunk_bytes = rows.row_bytes / chunks;
     const int64_t block_bytes = panel_bytes(format, kBlock);
-    const Kernels& by_rows = last - first > kStreamed ? kernels<false>(format) : kernels<true>(format);
+    const Kernels& by_rows = last - first == 1          ? kernels<Meets::kTile>(format)
+                             : last - first > kStreamed ? kernels<Meets::kMany>(format)
+                                                        : kernels<Meets::kFew>(format);
+    static constexpr int32_t kZeros[kTile] = {};
     auto* sums = static_cast<float*>(scratch(1, count * kPanel * int64_t(sizeof(float))));
     std::memset(sums, 0, size_t(count * kPanel) * sizeof(float));
     for (int64_t chunk = 0; chunk < chunks; chunk += kBlockChunks) {
@@ -275,6 +324,7 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
         // What is read next, while this block meets its tiles.
         const char* ahead = chunk + kBlockChunks < chunks ? b.scales + block_bytes : panel.next;
         b.advance = ceil_div(block_bytes, (last - first) * b.chunks);
+        if (unpacks) b.weights = unpack_block(b.weights, b.chunks);
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t row = tiles.first(tile), height = tiles.size(tile);
             const char* values = rows.values + row * rows.row_bytes + chunk * height * chunk_bytes;
@@ -285,7 +335,8 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
                                                 next_chunk * tiles.size(first) * chunk_bytes;
             if (integer) {
                 const int64_t block = chunk / kBlockChunks;
-                b.starts = rows.starts + row * rows.row_starts + height * (format == Format::kInt8 ? block : chunk);
+                b.starts = rows.starts ? rows.starts + row * rows.row_starts + height * (format == Format::kInt8 ? block : chunk)
+                                       : kZeros;
                 b.row_scales = rows.scales + row * rows.row_scales + height * block;
             }
             b.sums = sums + (row - first_row) * kPanel;

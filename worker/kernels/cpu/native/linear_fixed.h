@@ -1,4 +1,4 @@
-// How weights of bfloat16 are kept where there is VNNI: as fixed point of 13 bits, which are read in 13/16 of the time.
+// How weights of bfloat16 are kept where kFixedPoint says so: as fixed point of 13 bits, which are read in 13/16 of the time.
 //
 // A panel is groups of 128 along K: [16 words] of scales, laid out as bfloat16, then blocks of 16. A scale is a power of
 // two that makes the group's largest weight 2048 to 4080: weights of 1/16 of it and more are as they were, smaller ones to
@@ -40,28 +40,42 @@ inline int fixed_value(const char* panel, int64_t column, int64_t k) {
     return int8_t(word(fixed_high(step)) >> half * 8) * 32 + low;
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
+typedef int16_t SignedShorts __attribute__((vector_size(4 * kWidth)));
+
 // Where `mask` has ones those of `other`, else those of `x`.
-QWIRE_INLINE Shorts replace(Shorts x, Shorts other, int mask) {
+QWIRE_INLINE Shorts replace(Shorts x, Shorts other, uint16_t mask) {
+#if defined(__AVX512F__)
     return (Shorts)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)other, _mm512_set1_epi16(short(mask)), 0xd8);
+#else
+    return (x & uint16_t(~mask)) | (other & mask);
+#endif
 }
 
-// The low 5 bits of a block's vector, below others that mean nothing. `vector`: a constant.
-QWIRE_INLINE Shorts fixed_lows(const char* block, int vector) {
-    const auto word = [&](int i) __attribute__((always_inline)) { return load<Shorts>(block + fixed_low(i)); };
+// The low 5 bits of a block's vector, below others that mean nothing. `vector`: a constant, and so are the ones below;
+// `pass`: of a vector of 16 words, as many as a register holds.
+QWIRE_INLINE Shorts fixed_lows(const char* block, int vector, int pass) {
+    const auto word = [&](int i) __attribute__((always_inline)) {
+        return load<Shorts>(block + fixed_low(i) + pass * 4 * kWidth);
+    };
     if (vector < 3 * kFixedLows) return word(vector / 3) >> vector % 3 * 5;
     Shorts low = word(0) >> 15;
 #pragma GCC unroll 4
-    for (int i = 1; i < kFixedLows; ++i) low = replace(low, word(i) >> (15 - i), 1 << i);
+    for (int i = 1; i < kFixedLows; ++i) low = replace(low, word(i) >> (15 - i), uint16_t(1 << i));
     return low;
 }
 
-// A step's low and high columns; `step` a constant.
-QWIRE_INLINE void unpack_fixed(const char* block, int step, Ints& low, Ints& high) {
-    typedef int16_t Signed __attribute__((vector_size(64)));
-    const Shorts both = load<Shorts>(block + fixed_high(step));
-    low = (Ints)replace((Shorts)((Signed)(both << 8) >> 3), fixed_lows(block, 2 * step), 31);
-    high = (Ints)replace((Shorts)((Signed)both >> 3), fixed_lows(block, 2 * step + 1), 31);
+// A step's low and high columns.
+QWIRE_INLINE void unpack_fixed(const char* block, int step, int pass, Ints& low, Ints& high) {
+    const Shorts both = load<Shorts>(block + fixed_high(step) + pass * 4 * kWidth);
+    const Shorts lows = fixed_lows(block, 2 * step, pass), lows_of_high = fixed_lows(block, 2 * step + 1, pass);
+#if defined(__AVX512F__)
+    low = (Ints)replace((Shorts)((SignedShorts)(both << 8) >> 3), lows, 31);
+    high = (Ints)replace((Shorts)((SignedShorts)both >> 3), lows_of_high, 31);
+#else  // 32 times a byte takes one instruction, shifts and masks two
+    low = (Ints)_mm256_maddubs_epi16(_mm256_set1_epi16(32), (__m256i)both) | ((Ints)(lows & 31));
+    high = (Ints)_mm256_maddubs_epi16(_mm256_set1_epi16(32 << 8), (__m256i)both) | ((Ints)(lows_of_high & 31));
+#endif
 }
 #endif
 

@@ -81,7 +81,7 @@ struct FixedPoint {
     using Weights = Halves;
     QWIRE_INLINE FixedPoint(const char*, int) {}
     QWIRE_INLINE void load(const char* at, int step, int, Halves& low, Halves& high) const {
-        unpack_fixed(at, step, low.words, high.words);
+        unpack_fixed(at, step, 0, low.words, high.words);
     }
     static QWIRE_INLINE Pair scales(const char* group, int pass) { return widen_words(group, pass); }
 };

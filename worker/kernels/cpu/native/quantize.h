@@ -94,8 +94,10 @@ constexpr int64_t kFixedGroup = 128;  // values of K that share a scale, of a we
 // Products of bytes that one of fixed-point values takes the time of, where there are many rows.
 #if defined(__AMX_INT8__)
 constexpr int kFixedDigits = 3, kFixedProducts = kFixedDigits;
-#else
+#elif defined(__AVX512VNNI__)
 constexpr int kFixedProducts = 2;
+#else
+constexpr int kFixedProducts = 1;
 #endif
 
 // Rows as fixed-point values, to the nearest, ties to even, in tiles: `values` [chunks][tile

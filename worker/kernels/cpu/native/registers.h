@@ -80,11 +80,16 @@ QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations
 }
 #endif
 
-// Products of 16-bit weights with 16-bit activations, two neighbours along K summed into each 32-bit lane: with VNNI
-// one instruction, which does twice the arithmetic of a float32 product.
-#if defined(__AVX512VNNI__)
-constexpr bool kFixedPoint = true;  // whether bfloat16 weights are kept, and multiplied, so
+// Whether bfloat16 weights are kept as fixed-point values of 16 bits or fewer, and multiplied so: where such products, two
+// neighbours along K summed into each 32-bit lane, take less than those of floats.
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+constexpr bool kFixedPoint = true;
+#else
+constexpr bool kFixedPoint = false;
+#endif
 
+// With VNNI one instruction, which does twice the arithmetic of a float32 product.
+#if defined(__AVX512VNNI__)
 QWIRE_INLINE Ints dot_halves(Ints sum, Ints a, Ints b) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
@@ -96,8 +101,6 @@ struct Halves {
 QWIRE_INLINE Ints dot(Ints sum, const Halves& weights, const int32_t* activations) {
     return dot_halves(sum, weights.words, broadcast(*activations));
 }
-#else
-constexpr bool kFixedPoint = false;
 #endif
 
 }  // namespace qwire
