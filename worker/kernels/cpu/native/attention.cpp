@@ -433,9 +433,9 @@ class Attention {
             const int start = block.from / kSize * kSize;
             const auto mix = kMix<T>[size_t(std::min<int64_t>(kRows, rows - row) - 1)];
             for (int from = start; from < block.to; from += kDepth)
-                mix(dim_ / kLanes, (std::min(kDepth, block.to - from) + kSize - 1) / kSize,
-                    units<T>(s.scores + row * kTile) + from / kSize, values + (from - first), 0, mixed + row * dim_,
-                    dim_, from == start);
+                mix((std::min(kDepth, block.to - from) + kSize - 1) / kSize,
+                    units<T>(s.scores + row * kTile) + from / kSize, values + (from - first), dim_, 0, mixed + row * dim_,
+                    from == start);
         }
     }
 
