@@ -42,7 +42,9 @@ double measure(double seconds, double operations, Block block) {
     return sum;
 }
 
-constexpr int kChains = kRegisters / 2 - 2;  // independent sums: more than the latency of any multiply-add
+// Independent sums: as many as two multiply-adds a cycle need for their latency, and registers hold beside two factors and a
+// product.
+constexpr int kChains = kRegisters == 32 ? 14 : 10;
 constexpr int kLoops = 20000;
 
 // Keeps the compiler from seeing what a register holds.
@@ -85,18 +87,32 @@ double measure_int8(double seconds) {
         _tile_release();
     });
 }
-#else
+#elif defined(__AVX512VNNI__)
 double measure_int8(double seconds) {
     return measure(seconds, 8.0 * kLoops * kChains * kWidth, [] {
         Ints sums[kChains] = {};
         Ints bytes = broadcast(0x01020304);
-        int32_t activations[2] = {0x00010001, 0x00010001};
+        const int32_t activations = 0x01010101;
         for (int i = 0; i < kLoops; ++i) {
             blur(bytes);
-            const Quads weights = quads(bytes);
 #pragma GCC unroll 16
             for (int j = 0; j < kChains; ++j) {
-                sums[j] = dot(sums[j], weights, activations);
+                sums[j] = dot(sums[j], quads(bytes), &activations);
+                blur(sums[j]);
+            }
+        }
+    });
+}
+#else
+double measure_int8(double seconds) {
+    return measure(seconds, 4.0 * kLoops * kChains * kWidth, [] {
+        Ints sums[kChains] = {};
+        Ints weights = broadcast(0x00010002), activations = broadcast(0x00030004);
+        for (int i = 0; i < kLoops; ++i) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kChains; ++j) {
+                blur(activations);  // else they would be multiplied once for all sums
+                sums[j] = dot_pairs(sums[j], weights, activations);
                 blur(sums[j]);
             }
         }

@@ -63,20 +63,20 @@ QWIRE_INLINE Quads quads(Ints bytes) {
     return {bytes & 0x00ff00ff, (Ints)((Words)bytes >> 8) & 0x00ff00ff};
 }
 
-QWIRE_INLINE Ints dot_pairs(Ints sum, Ints weights, int32_t activations) {
+QWIRE_INLINE Ints dot_pairs(Ints sum, Ints weights, Ints activations) {
 #if defined(__AVX512F__)
-    return sum + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(activations));
+    return sum + (Ints)_mm512_madd_epi16((__m512i)weights, (__m512i)activations);
 #elif defined(__AVX2__)
-    return sum + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(activations));
+    return sum + (Ints)_mm256_madd_epi16((__m256i)weights, (__m256i)activations);
 #else
     // 255 * 127 fits in 16 bits, so the low half of each product is the product.
-    const Ints products = (Ints)((Shorts)weights * (Shorts)broadcast(activations));
+    const Ints products = (Ints)((Shorts)weights * (Shorts)activations);
     return sum + (products << 16 >> 16) + (products >> 16);
 #endif
 }
 
 QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations) {
-    return dot_pairs(dot_pairs(sum, weights.even, activations[0]), weights.odd, activations[1]);
+    return dot_pairs(dot_pairs(sum, weights.even, broadcast(activations[0])), weights.odd, broadcast(activations[1]));
 }
 #endif
 
