@@ -2,8 +2,9 @@
 //
 // A panel is cut along K into blocks of 128. A block meets all tiles of rows before the next one does; sums lie in memory
 // between blocks, which changes no bit. Few rows take all 32 columns at once, others half of them, then the other half.
-// int8 is multiplied as pairs of 16 bits, since vpmaddubsw would saturate; int4 as bytes, whose products with signed bytes
-// stay within 16 bits for a group of 32, two lanes of 16 values each: 16 * 15 * 127 = 30480.
+// int8, since vpmaddubsw would saturate, and bfloat16's fixed point are multiplied as pairs of 16 bits, twice as many as floats
+// at once; int4 as bytes, whose products with signed bytes stay within 16 bits for a group of 32, two lanes of 16 values
+// each: 16 * 15 * 127 = 30480.
 #pragma once
 
 #include <algorithm>
