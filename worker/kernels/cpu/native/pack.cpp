@@ -131,29 +131,35 @@ void store_scales(char* to, const Rows& rows, int64_t group, Bits&& bits) {
     }
 }
 
-// `count` weights of a column from `offset` on to fixed-point values; returns their scale, bfloat16. Zeros where all are
-// below 1e-30, a scale of NaN where one isn't finite.
-uint16_t fix(Format source, const Rows& rows, int column, int64_t offset, int64_t size, int64_t count,
-             int16_t* values) {
-    f32x16 wide[kFixedGroup / 16];
-    u32x16 most{};
-    for (int64_t i = 0; i < count / 16; ++i) {
-        wide[i] = (f32x16)rows.get(column, offset + i * 16 * size, 16 * size, [&](const char* from) {
-            return read_narrow(Format::kBfloat16, source, from) << 16;
-        });
-        const u32x16 bits = (u32x16)wide[i] & 0x7fffffffu;
+// As many values of a row of W as a register holds, as bfloat16 has them.
+QWIRE_INLINE f32v read_bf16(Format source, const char* from) {
+    if (source == Format::kBfloat16) return widen_bf16(load<u16v>(from));
+    alignas(64) float wide[kLanes];
+    if (source == Format::kFloat32) std::memcpy(wide, from, sizeof wide);
+    else for (int i = 0; i < kLanes; ++i) wide[i] = widen(source, load<uint16_t>(from + 2 * i));
+    return widen_bf16(narrow_bf16(load<f32v>(wide)));
+}
+
+// `count` weights, a multiple of 32, to fixed-point values; returns their scale, bfloat16. Zeros where all are below 1e-30, a
+// scale of NaN where one isn't finite.
+uint16_t fix(Format source, const char* from, int64_t size, int64_t count, int16_t* values) {
+    f32v wide[kFixedGroup / kLanes];
+    i32v most{};
+    for (int64_t i = 0; i < count / kLanes; ++i) {
+        wide[i] = read_bf16(source, from + i * kLanes * size);
+        const i32v bits = (i32v)wide[i] & 0x7fffffff;
         most = bits > most ? bits : most;
     }
-    uint32_t top = 0;
-    for (int i = 0; i < 16; ++i) top = std::max(top, most[i]);
+    most = fold(most, [](i32v a, i32v b) __attribute__((always_inline)) { return a > b ? a : b; });
+    const auto top = uint32_t(most[0]);
     const bool zero = top < __builtin_bit_cast(uint32_t, 1e-30f), finite = top < 0x7f800000u;
     // A power of two that takes the largest below 2^kFixedBits, by its exponent alone.
     const uint32_t exponent = finite && !zero ? (top >> 23) - (kFixedBits - 1) : 0;
-    const float inverse = exponent ? __builtin_bit_cast(float, (254 - exponent) << 23) : 0.0f;
-    for (int64_t i = 0; i < count / 16; ++i) {
-        const f32x16 rounded = wide[i] * inverse + 12582912.0f;  // 1.5 * 2^23
-        typedef int16_t s16x16 __attribute__((vector_size(32)));
-        store(values + i * 16, __builtin_convertvector((u32x16)rounded - 0x4b400000u, s16x16));
+    const f32v inverse = splat(exponent ? __builtin_bit_cast(float, (254 - exponent) << 23) : 0.0f);
+    for (int64_t i = 0; i < count / kLanes; ++i) {
+        const f32v rounded = fma(wide[i], inverse, splat(12582912.0f));  // 1.5 * 2^23
+        typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
+        store(values + i * kLanes, __builtin_convertvector((i32v)rounded - 0x4b400000, s16v));
     }
     return finite ? uint16_t(exponent << 7) : uint16_t(0x7fc0);
 }
@@ -190,12 +196,16 @@ void pack_fixed(void* packed, int64_t in, int64_t first, int64_t count, Format s
     const int64_t size = source == Format::kFloat32 ? 4 : 2;
     const auto fix_panel = [&](char* panel, const Rows& rows, int64_t) {
         alignas(64) int16_t values[kPanel][kFixedGroup] = {};
+        char rest[kFixedGroup * sizeof(float)] = {};  // a row's last values, and zeros
         for (int64_t group = 0; group * kFixedGroup < in; ++group) {
             const int64_t k = group * kFixedGroup;
             const int64_t padded = ceil_div(std::min(kFixedGroup, in - k), kChunk) * kChunk;
             uint16_t scales[kPanel] = {};
-            for (int column = rows.begin; column < rows.end; ++column)
-                scales[column] = fix(source, rows, column, k * size, size, padded, values[column]);
+            for (int column = rows.begin; column < rows.end; ++column) {
+                const char* from = rows.data + (column - rows.begin) * rows.row_bytes + k * size;
+                if (k + padded > in) std::memcpy(rest, from, size_t((in - k) * size)), from = rest;
+                scales[column] = fix(source, from, size, padded, values[column]);
+            }
             store_scales(panel + group * kFixedGroupBytes, rows, group,
                          [&](int64_t i, int64_t) { return scales[rows.begin + i]; });
             char* block = panel + group * kFixedGroupBytes + 64;
