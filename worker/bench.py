@@ -145,9 +145,10 @@ def bench(runner: TorchRunner, case: Case, limits: Limits, max_step_tokens: int)
 
 
 def _product_limit(limits: Limits, runner: TorchRunner) -> float:
-    """Operations a second that products with these weights can reach: quantized ones are multiplied as bytes, bfloat16
-    ones as words or digits, which take two or three times that, where the kernels keep them in fixed point. int4's
-    limit is int8's, though its groups of 32 fill half of a tile of AMX."""
+    """Operations a second that products with these weights can reach: int8 ones are multiplied as bytes or
+    words, bfloat16 ones as words or digits, which take one to three times that, where the kernels keep them in fixed
+    point. int4's limit is int8's, though its groups of 32 fill half of a tile of AMX, and with AVX2 it is multiplied as
+    bytes where int8 is as words."""
     if limits.int8_op_per_s is None:
         return limits.flop_per_s
     if runner.quantization != "none":

@@ -24,7 +24,8 @@ class Limits:
     flop_per_s: float
     """float32, a multiplication and an addition counting as two."""
     int8_op_per_s: float | None
-    """Products of bytes summed into 32 bits, counted alike; None where nothing was compiled that could measure it."""
+    """Products as int8 weights have them, summed into 32 bits: of bytes, or without VNNI of words. Counted alike; None
+    where nothing was compiled that could measure it."""
 
 
 def measure(seconds: float = 0.3, isa: str = "auto") -> Limits:

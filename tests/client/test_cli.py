@@ -208,14 +208,21 @@ def test_chat_survives_an_error(server: FakeServer) -> None:
     assert [len(request.chat.messages) for request in server.requests] == [1, 1]
 
 
+# Whoever runs the tests in the background has SIGINT ignored, and children inherit that. Not by a preexec_fn: it takes
+# a fork, whose child gRPC aborts now and then where this process has threads of it.
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("qwire", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(server: FakeServer, *args: str) -> subprocess.Popen[str]:
     command, *rest = args
     return subprocess.Popen(
-        [sys.executable, "-m", "qwire", command, "--address", server.address, *rest],
+        [sys.executable, "-c", INTERRUPTIBLE, command, "--address", server.address, *rest],
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # Whoever runs the tests in the background has it ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -25,8 +25,8 @@ constexpr int kRows = 3, kVectors = 3;
 #endif
 constexpr int kPanel = kVectors * kLanes;  // columns of a panel
 constexpr int kDepth = 64;                 // rows of a panel, in units, that a product takes at once
-// Keys or values, in the order of reading, that are asked for before they are read: one after the other, as they lie, however
-// these are read. On Zen 3 two fifths of decoding at 2,048 positions went where a line of each was asked for in turn.
+// Keys or values, in the order of reading, that are asked for before they are read. Few rows ask for one after the other, as
+// they lie, however they read them: on Zen 3 a third of decode attention went where a line of each was asked for in turn.
 constexpr int kAhead = 64;
 
 // c [M, N vectors] += a [M, count] * b [count, N vectors], in order of count; `fresh`: c is taken as 0. a and b are
@@ -122,7 +122,7 @@ void mix(int64_t count, const Unit<T>* weights, const T* const* values, int64_t 
         for (int n = 0; n < N; ++n) store(out + m * dim + n * kLanes, sums[m][n]);
 }
 
-// As `mix`, for the vectors from d on.
+// As `mix`, for the vectors from d on; `out` is a whole row's.
 template <class T, int M, int N = mix_vectors(M)>
 void mix_all(int64_t count, const Unit<T>* weights, const T* const* values, int64_t dim, int64_t d, float* out, bool fresh) {
     for (; dim - d >= N * kLanes; d += N * kLanes) mix<T, M, N>(count, weights, values, dim, d, out + d, fresh);

@@ -10,7 +10,7 @@
 //
 //   float32    [k][32 columns]
 //   bfloat16   [k][16 words]: a word holds a high column's value above a low column's, so that shift and mask widen
-//              both. With VNNI (kFixedPoint) fixed point of 13 bits, see linear_fixed.h.
+//              both. Where kFixedPoint says so fixed point of 13 bits, see linear_fixed.h.
 //   float16    [k][32 columns]
 //   int8       per group of 128: [16 words] of scales, laid out as bfloat16; then [k / 4][32 columns][4], stored as w + 128
 //   int4       per group of 32: [16 words] of scales and zero points, laid out as bfloat16, a zero point in the low 4 bits of

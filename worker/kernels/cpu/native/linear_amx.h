@@ -54,7 +54,6 @@ template <class T>
 constexpr int64_t kGroupBytes = kScaleBytes<T> + T::kDigits * kDigitBytes;
 
 typedef uint8_t Bytes __attribute__((vector_size(64)));
-typedef int16_t SignedShorts __attribute__((vector_size(64)));
 
 // Bytes 0 and 2 of each of a's words, 1 and 3 of b's.
 QWIRE_INLINE Ints interleave_bytes(Ints a, Ints b) { return (Ints)replace((Shorts)b, (Shorts)a, 0x00ff); }

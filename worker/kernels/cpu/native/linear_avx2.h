@@ -31,7 +31,7 @@ struct Block {
     const char* weights;    // past these scales, or unpacked
     int64_t chunks;         // of K
     const void* rows;       // [chunk][tile rows][kChunk], as floats, pairs or bytes
-    const int32_t* starts;  // integer only: [tile rows] of int8, [chunk][tile rows] sums of int4
+    const int32_t* starts;  // integer only: [tile rows] of int8 (bfloat16: zeros), [chunk][tile rows] sums of int4
     const float* row_scales;  // integer only: [tile rows]
     float* sums;            // [tile rows][32]
     // With many tiles: each chunk prefetches `advance` bytes of weights from `ahead` on and its part of `next_rows`.
@@ -336,8 +336,8 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
                                                 next_chunk * tiles.size(first) * chunk_bytes;
             if (integer) {
                 const int64_t block = chunk / kBlockChunks;
-                b.starts = rows.starts ? rows.starts + row * rows.row_starts + height * (format == Format::kInt8 ? block : chunk)
-                                       : kZeros;
+                const int64_t of_rows = row * rows.row_starts + height * (format == Format::kInt8 ? block : chunk);
+                b.starts = fixed ? kZeros : rows.starts + of_rows;
                 b.row_scales = rows.scales + row * rows.row_scales + height * block;
             }
             b.sums = sums + (row - first_row) * kPanel;

@@ -40,7 +40,7 @@ inline int fixed_value(const char* panel, int64_t column, int64_t k) {
     return int8_t(word(fixed_high(step)) >> half * 8) * 32 + low;
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 typedef int16_t SignedShorts __attribute__((vector_size(4 * kWidth)));
 
 // Where `mask` has ones those of `other`, else those of `x`.
@@ -52,8 +52,8 @@ QWIRE_INLINE Shorts replace(Shorts x, Shorts other, uint16_t mask) {
 #endif
 }
 
-// The low 5 bits of a block's vector, below others that mean nothing. `vector`: a constant, and so are the ones below;
-// `pass`: of a vector of 16 words, as many as a register holds.
+// The low 5 bits of a block's vector, below others that mean nothing. `vector` and `step` are constants; `pass` says which part
+// of the vectors, as wide as a register.
 QWIRE_INLINE Shorts fixed_lows(const char* block, int vector, int pass) {
     const auto word = [&](int i) __attribute__((always_inline)) {
         return load<Shorts>(block + fixed_low(i) + pass * 4 * kWidth);

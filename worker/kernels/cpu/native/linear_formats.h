@@ -7,11 +7,11 @@
 
 namespace qwire {
 
-// How many bytes ahead weights are prefetched, by measurement (with AVX2 alone on Zen 3).
-#if defined(__AVX512F__)
-constexpr int64_t kFar = 8192;
-#else
+// How many bytes ahead weights are prefetched, by measurement: with AVX2 on Zen 3.
+#if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kFar = 4096;
+#else
+constexpr int64_t kFar = 8192;
 #endif
 
 // The two vectors of a step that pass `pass` works on, where a register holds fewer than 16 columns.

@@ -42,8 +42,8 @@ double measure(double seconds, double operations, Block block) {
     return sum;
 }
 
-// Independent sums: as many as two multiply-adds a cycle need for their latency, and registers hold beside two factors and a
-// product.
+// Independent sums: more than two multiply-adds a cycle need for their latency, as many as registers hold beside factors and
+// a product.
 constexpr int kChains = kRegisters == 32 ? 14 : 10;
 constexpr int kLoops = 20000;
 
@@ -67,6 +67,7 @@ double measure_fma(double seconds) {
         for (int i = 0; i < kLoops; ++i)
 #pragma GCC unroll 16
             for (int j = 0; j < kChains; ++j) {
+                blur(x);  // else what is multiplied before it is added would be multiplied once for all sums
                 sums[j] = multiply_add(x, y, sums[j]);
                 blur(sums[j]);
             }
@@ -111,7 +112,7 @@ double measure_int8(double seconds) {
         for (int i = 0; i < kLoops; ++i) {
 #pragma GCC unroll 16
             for (int j = 0; j < kChains; ++j) {
-                blur(activations);  // else they would be multiplied once for all sums
+                blur(activations);
                 sums[j] = dot_pairs(sums[j], weights, activations);
                 blur(sums[j]);
             }

@@ -80,7 +80,7 @@ QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations
 }
 #endif
 
-// Whether bfloat16 weights are kept as fixed-point values of 16 bits or fewer, and multiplied so: where such products, two
+// Whether bfloat16 weights are kept as fixed-point values (linear_fixed.h) and multiplied so: where products of 16 bits, two
 // neighbours along K summed into each 32-bit lane, take less than those of floats.
 #if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 constexpr bool kFixedPoint = true;
@@ -88,7 +88,7 @@ constexpr bool kFixedPoint = true;
 constexpr bool kFixedPoint = false;
 #endif
 
-// With VNNI one instruction, which does twice the arithmetic of a float32 product.
+// Such a product with VNNI: one instruction, which does twice the arithmetic of one of floats.
 #if defined(__AVX512VNNI__)
 QWIRE_INLINE Ints dot_halves(Ints sum, Ints a, Ints b) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
