@@ -4,7 +4,8 @@
 
 Router, tokenizer service, worker and client share the machine's cores; an engine in this process, in turn with them,
 has them for itself. Both are loaded all the time, so that turns are seconds apart. Of either, the tokens and the time
-count while all streams decode.
+count while all streams decode. A turn of the service is compared with those of the engine before and after it, and
+counts only where these agree: shared machines change their state within seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from worker.runner.runner import TorchRunner
 
 STEP_TOKENS = 512
 """That a step computes at most, on either side."""
+SAME = 0.08
+"""By how much of their mean two turns of the engine may differ, where the machine's state is the same."""
 
 
 async def streamed(address: str, vocab: int, batch: int, prompt: int, new: int, seed: int) -> float:
@@ -57,6 +60,7 @@ def load(model: Path, case: Case) -> TorchRunner:
     runner = TorchRunner(model, num_blocks=case.blocks + 1, dtype="auto", kernels=kernels)
     torch.set_num_threads(1)
     pin_threads(kernels, cpus)
+    runner.gather_pages()  # as a worker does once it is up
     return runner
 
 
@@ -71,7 +75,7 @@ def alone(runner: TorchRunner, case: Case) -> float:
 @click.option("--batch", default=8)
 @click.option("--prompt", default=128, help="Tokens.")
 @click.option("--new", default=64, help="Tokens.")
-@click.option("--rounds", default=8)
+@click.option("--rounds", default=8, help="That count.")
 def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     """Compares the service with its engine."""
     case = Case(batch, prompt, new)
@@ -80,14 +84,23 @@ def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     with running_stack(model, "model", worker_flags=flags) as stack, ThreadPoolExecutor(1) as thread:
         runner = thread.submit(load, model, case).result()
         vocab = runner.config.vocab_size
-        ratios = []
-        for number in range(rounds + 1):
-            service = asyncio.run(streamed(stack.address, vocab, batch, prompt, new, number))
-            engine = thread.submit(alone, runner, case).result()
-            print(f"service {service:.1f} tok/s, engine {engine:.1f} tok/s: {service / engine:.3f}", file=sys.stderr)
-            ratios.append(service / engine)
-    counted = ratios[1:]  # the first round records steps, and so on
-    print(f"{model.name}, batch {batch}: {statistics.median(counted):.3f} of the engine's, median of {rounds}")
+        asyncio.run(streamed(stack.address, vocab, batch, prompt, new, 0))  # records steps, and so on
+        before = thread.submit(alone, runner, case).result()
+        counted: list[float] = []
+        done = 0
+        while len(counted) < rounds and done < 3 * rounds:
+            done += 1
+            service = asyncio.run(streamed(stack.address, vocab, batch, prompt, new, done))
+            after = thread.submit(alone, runner, case).result()
+            engine = (before + after) / 2
+            counts = abs(before - after) < SAME * engine
+            if counts:
+                counted.append(service / engine)
+            verdict = f"{service / engine:.3f}" if counts else "not counted"
+            print(f"service {service:.1f} tok/s, engine {before:.1f} and {after:.1f}: {verdict}", file=sys.stderr)
+            before = after
+    median = f"{statistics.median(counted):.3f} of the engine's" if counted else "no two turns of the engine agree"
+    print(f"{model.name}, batch {batch}: {median}, {len(counted)} of {done} rounds")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""What a worker does about its weights once it serves."""
+"""What a worker does about its memory once it serves."""
 
 from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import cast
 
 import pytest
 
+from tests.helpers.memory import missing
+from tests.helpers.models import write_random_qwen3
 from worker import loading
+from worker.kernels import choose_kernels
 from worker.runner.runner import TorchRunner
 
 
@@ -29,3 +33,13 @@ def test_pages_are_gathered_behind_everything_else(monkeypatch: pytest.MonkeyPat
     assert runner.gathered.wait(30)
     assert runner.niceness == 19
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_keys_and_values_get_all_their_memory(tmp_path: Path) -> None:
+    folder = write_random_qwen3(tmp_path, dtype="bfloat16")
+    runner = TorchRunner(folder, num_blocks=4096, kernels=choose_kernels("cpu").kernels, kv_dtype="int8")
+    tensors = [tensor for cache in runner.caches for tensor in cache.tensors]
+    assert all(map(missing, tensors))
+    runner.gather_pages()
+    assert not any(map(missing, tensors))
+    assert not any(tensor.any() for tensor in tensors)

@@ -68,8 +68,8 @@ def kv_bytes_per_position(config: ModelConfig, kv_dtype: torch.dtype, world: int
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.zeros, but a CPU's pages that nothing has written yet take neither memory nor time. Small pages: every
-    head's blocks lie apart, and a large page for each would take the whole pool at the first step."""
+    """As torch.zeros, but a CPU's pages take neither memory nor time until they are written, or until `gather_pages`.
+    Small ones at first: every head's blocks lie apart, and a large page for each would be all of it in one step."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
@@ -193,11 +193,16 @@ class TorchRunner:
 
     def gather_pages(self) -> None:
         """Moves a CPU's weights into large pages, where the system has them: small ones cost 1 to 3% of a decode
-        step. Takes seconds, beside steps if need be; another thread may call it."""
-        if isinstance(self.kernels, CpuKernels):
-            for matrix in self._matrices():
-                if not self.kernels.gather_pages(matrix):
-                    return  # nor the others
+        step. Then gives keys and values all their memory, in such pages too, which streams would else wait for as the
+        cache fills. Takes seconds, beside steps if need be; another thread may call it."""
+        if not isinstance(self.kernels, CpuKernels):
+            return
+        for matrix in self._matrices():
+            if not self.kernels.gather_pages(matrix):
+                break  # nor the others
+        for cache in self.caches:
+            for tensor in cache.tensors:
+                self.kernels.populate(tensor)
 
     def _matrices(self) -> Collection[PreparedLinear]:
         """What is multiplied by, each once."""

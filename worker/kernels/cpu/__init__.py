@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from worker.kernels.cpu import attention, linear, rows
+from worker.kernels.cpu import attention, linear, memory, rows
 from worker.kernels.cpu.select import NativeSelection
 from worker.kernels.interface import (
     AttentionPlan,
@@ -70,6 +70,10 @@ class CpuKernels:
     def gather_pages(self, prepared: PreparedLinear) -> bool:
         """See `linear.gather_pages`."""
         return linear.gather_pages(self.native, prepared)
+
+    def populate(self, tensor: Tensor) -> None:
+        """See `memory.populate`."""
+        memory.populate(self.native, tensor)
 
     def linear(self, x: Tensor, prepared: PreparedLinear, out: Tensor | None = None) -> Tensor:
         return linear.linear(self.native, x, prepared, out)

@@ -226,6 +226,7 @@ void def_linear(py::module_& module) {
     module.def("pack_stored", &pack_stored);
     module.def("gather_pages", [](Address from, int64_t bytes) { return qwire::gather_pages(at(from), bytes); },
                Unlocked());
+    module.def("populate", [](Address from, int64_t bytes) { qwire::populate(at<char>(from), bytes); }, Unlocked());
     module.def(
         "linear",
         [](int format, Address packed, int64_t out, int64_t in, Address bias, int64_t rows, Address x,

@@ -1,5 +1,7 @@
 #include "pages.h"
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 
@@ -7,6 +9,11 @@
 #endif
 
 namespace qwire {
+namespace {
+
+constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+
+}  // namespace
 
 void touch(char* from, int64_t bytes) {
     constexpr int64_t kPage = 4096;
@@ -17,7 +24,6 @@ void touch(char* from, int64_t bytes) {
 bool gather_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1
-    constexpr uintptr_t kLarge = uintptr_t{2} << 20;
     const auto begin = reinterpret_cast<uintptr_t>(from), end = begin + uintptr_t(bytes);
     for (uintptr_t at = (begin + kLarge - 1) / kLarge * kLarge; at + kLarge <= end; at += kLarge)
         if (madvise(reinterpret_cast<void*>(at), kLarge, kCollapse) && errno == EINVAL) return false;
@@ -25,6 +31,18 @@ bool gather_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t bytes) {
 #else
     return false;
 #endif
+}
+
+void populate(char* from, int64_t bytes) {
+    char* const end = from + bytes;
+    while (from < end) {
+        const auto left = int64_t(kLarge - uintptr_t(from) % kLarge);  // of its large page
+        char* const next = from + std::min(left, int64_t(end - from));
+        touch(from, 1);  // what has no page at all isn't gathered
+        gather_pages(from, next - from);
+        touch(from, next - from);
+        from = next;
+    }
 }
 
 }  // namespace qwire

@@ -1,4 +1,4 @@
-// The pages of memory that weights lie in.
+// The pages of memory that weights, keys and values lie in.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +12,9 @@ void touch(char* from, int64_t bytes);
 // Has the system move the whole large pages (2 MiB) of [from, from + bytes) into such; what is there stays, and may be read
 // meanwhile. Returns whether the system can. It takes some milliseconds a page.
 bool gather_pages(void* from, int64_t bytes);
+
+// Gives memory to all of [from, from + bytes), in large pages where the system can; what is there stays, and may be read and
+// written meanwhile.
+void populate(char* from, int64_t bytes);
 
 }  // namespace qwire

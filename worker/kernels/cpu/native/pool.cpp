@@ -24,6 +24,9 @@ constexpr auto kSpin = std::chrono::microseconds(150);
 constexpr int64_t kFetch = 512 << 10;  // bytes of what is expected that a helper fetches: half of a level-2 cache
 constexpr int64_t kFetchStep = 2 << 10;
 constexpr int kYieldAfter = 256;  // waits of a caller for its helpers, some 50 µs
+constexpr auto kTurn = std::chrono::microseconds(100);  // between two times at which a thread lets others run
+
+using Clock = std::chrono::steady_clock;
 
 void pause() {
 #if defined(__x86_64__)
@@ -37,6 +40,22 @@ void pin(int cpu) {
     CPU_SET(cpu, &set);
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // where it is refused, threads float
 }
+
+// Lets whoever waits for this thread's core have it, at times that suit: with a call's tasks there to be taken and none in
+// hand, so that the other threads go on with them. The scheduler would choose a time by its clock, most likely within a
+// task, and all others wait for that one. Beside a router and a tokenizer on the same cores, at 8 streams, threads waited for
+// each other 3.3 to 4.9% of the time, and 1.6 to 2.0% with this, where the engine alone has 1.3%.
+class Turn {
+   public:
+    void give() {
+        if (Clock::now() - given_ < kTurn) return;
+        sched_yield();
+        given_ = Clock::now();
+    }
+
+   private:
+    Clock::time_point given_{};
+};
 
 class Pool {
    public:
@@ -64,6 +83,7 @@ class Pool {
         generation_ = (generation_ + 1) & 0xffffff;
         job_.store(generation_ << (2 * kIndexBits) | uint64_t(tasks) << kIndexBits, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst) > 0) wake();
+        turn_.give();
         work();
         for (int spins = 0; done_.load(std::memory_order_acquire) < tasks; ++spins)
             spins < kYieldAfter ? fetch(caller_, 0) : void(sched_yield());
@@ -115,17 +135,19 @@ class Pool {
     void help(int index, int cpu) {
         if (cpu >= 0) pin(cpu);
         Fetch own;
-        auto idle_since = std::chrono::steady_clock::now();
+        Turn turn;
+        auto idle_since = Clock::now();
         while (!stopping_.load(std::memory_order_relaxed)) {
             if (open(job_.load(std::memory_order_acquire))) {
+                turn.give();
                 work();
-                idle_since = std::chrono::steady_clock::now();
+                idle_since = Clock::now();
                 continue;
             }
             fetch(own, index);
-            if (std::chrono::steady_clock::now() - idle_since > kSpin) {
+            if (Clock::now() - idle_since > kSpin) {
                 sleep();
-                idle_since = std::chrono::steady_clock::now();
+                idle_since = Clock::now();
             }
         }
     }
@@ -146,6 +168,7 @@ class Pool {
     const int threads_;
     int caller_cpu_ = -1;
     Fetch caller_;
+    Turn turn_;  // the caller's
     uint64_t generation_ = 0;
     Task task_ = nullptr;
     void* context_ = nullptr;

@@ -1,8 +1,9 @@
 // Threads that share out the tasks of one call.
 //
 // A call's tasks are numbered and handed out by an atomic counter, so a thread that another process keeps from running
-// costs what it has in hand and no more. Between calls the helpers spin for a short while, then sleep on a futex: a step
-// is a run of calls microseconds apart, and between steps other processes want the cores.
+// costs what it has in hand and no more; at the beginning of calls, when that is nothing, threads let others run. Between
+// calls the helpers spin for a short while, then sleep on a futex: a step is a run of calls microseconds apart, and
+// between steps other processes want the cores.
 #pragma once
 
 #include <cstdint>

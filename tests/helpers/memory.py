@@ -1,0 +1,20 @@
+"""What of a tensor lies in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from torch import Tensor
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def missing(tensor: Tensor) -> int:
+    """Pages of a CPU's tensor that nothing has given memory yet."""
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - first
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    if _libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(not page & 1 for page in pages)
