@@ -19,7 +19,7 @@ from worker.model import ModelConfig, WeightsDigest
 from worker.runner.runner import TorchRunner
 
 REFERENCE_NUMERICS_VERSION = 2
-CPU_NUMERICS_VERSION = 5
+CPU_NUMERICS_VERSION = 6
 CUDA_NUMERICS_VERSION = 1
 """To be counted up whenever these kernels give other bits than before."""
 NUMERICS_VERSIONS = {

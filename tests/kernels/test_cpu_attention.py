@@ -19,7 +19,7 @@ from worker.kernels.cpu.attention import paged_attention, plan_attention
 from worker.kernels.reference.rope import encode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
-FIXED_POINT = ("avx512_amx", "avx512_vnni")
+FIXED_POINT = ("avx512_amx", "avx512_vnni", "avx2")
 """Where queries and weights meet codes of 8 bits in fixed point."""
 
 

@@ -24,13 +24,8 @@ constexpr bool kScaled = std::is_same_v<T, int8_t>;
 
 // Whether queries and weights become fixed-point values, two to a unit, whose products with codes are summed exactly;
 // else they, and keys and values, are multiplied as floats, each a unit.
-#if defined(__AVX512VNNI__)
 template <class T>
-constexpr bool kPaired = kScaled<T>;
-#else
-template <class T>
-constexpr bool kPaired = false;
-#endif
+constexpr bool kPaired = kFixedPoint && kScaled<T>;
 template <class T>
 using Unit = std::conditional_t<kPaired<T>, int32_t, float>;
 template <class T>
@@ -110,20 +105,33 @@ QWIRE_INLINE void narrow(int8_t* to, f32v x) {
 QWIRE_INLINE f32v repeat(float x) { return splat(x); }
 QWIRE_INLINE i32v repeat(int32_t x) { return broadcast(x); }
 QWIRE_INLINE f32v add_products(f32v sum, f32v a, f32v b) { return fma(a, b, sum); }
+
+// Of codes in fixed point: codes at the same place of two rows as units, and four codes of each lane as two units, the first
+// and the third, the second and the fourth.
 #if defined(__AVX512VNNI__)
 QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) { return dot_halves(sum, a, b); }
 
-// Codes at the same place of two rows, as units.
 QWIRE_INLINE i32v pair_up(const int8_t* first, const int8_t* second) {
     const __m128i a = load<__m128i>(first), b = load<__m128i>(second);
     const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
     return (i32v)_mm512_cvtepi8_epi16(pairs);
 }
 
-// Four codes of each lane as two units: the first and the third, the second and the fourth.
 QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
     parts[0] = (i32v)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8);
     parts[1] = (i32v)_mm512_srai_epi16((__m512i)x, 8);
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) { return dot_pairs(sum, a, b); }
+
+QWIRE_INLINE i32v pair_up(const int8_t* first, const int8_t* second) {
+    const auto half = [](const int8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); };
+    return (i32v)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(half(first), half(second)));
+}
+
+QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
+    parts[0] = (i32v)_mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8);
+    parts[1] = (i32v)_mm256_srai_epi16((__m256i)x, 8);
 }
 #endif
 
@@ -142,6 +150,8 @@ QWIRE_INLINE float fix(const float* from, int64_t count, float largest, int16_t*
         s16v narrow = __builtin_convertvector(rounded, s16v);
 #if defined(__AVX512VNNI__)
         if (spread) narrow = __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15});
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+        if (spread) narrow = __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7});
 #endif
         store(to + i, narrow);
     }

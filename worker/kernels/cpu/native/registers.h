@@ -80,8 +80,9 @@ QWIRE_INLINE Ints dot(Ints sum, const Quads& weights, const int32_t* activations
 }
 #endif
 
-// Whether bfloat16 weights are kept as fixed-point values (linear_fixed.h) and multiplied so: where products of 16 bits, two
-// neighbours along K summed into each 32-bit lane, take less than those of floats.
+// Whether bfloat16 weights are kept as fixed-point values (linear_fixed.h) and multiplied so, and queries become such where
+// keys are codes (attention_types.h): where products of 16 bits, two neighbours along K summed into each 32-bit lane, take
+// less than those of floats.
 #if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 constexpr bool kFixedPoint = true;
 #else
