@@ -43,14 +43,16 @@ async def test_several_routers_are_served_alike(fleet: Fleet) -> None:
     order: list[int] = []
 
     async def ask(router: int, client: AsyncClient, number: int) -> None:
-        generation = await client.generate(**options(number, 20)).read()
-        assert generation.token_ids == expected(number, 20)
+        generation = await client.generate(**options(number, 40)).read()
+        assert generation.token_ids == expected(number, 40)
         order.append(router)
 
     async with AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(AsyncClient(fleet.services[name].address)) for name in fleet.named("router")
         ]
+        for client in clients:  # connected, so that all ask at once: who comes first is served first
+            await client.generate(**options(0, 1)).read()
         await asyncio.gather(*(ask(router, clients[router], number) for number in range(48) for router in (0, 1)))
     first_half = order[:48]
     assert 4 <= first_half.count(0) <= 44
