@@ -51,7 +51,7 @@ def load(config: WorkerConfig, group: Group, on_reading: Callable[[], None] = la
 
 
 def gather_pages_later(runner: TorchRunner) -> None:
-    """Moves weights into large pages in the background, once the first requests have had the start to themselves."""
+    """Calls `gather_pages` in the background, once the first requests have had the start to themselves."""
 
     def gather() -> None:
         if sys.platform == "linux":
