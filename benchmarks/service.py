@@ -2,26 +2,23 @@
 
     python -m benchmarks.service --model FOLDER [--batch 8] [--prompt 128] [--new 64] [--rounds 8]
 
-Router, tokenizer service, worker and client share the machine's cores; an engine in this process, in turn with them,
-has them for itself. Both are loaded all the time, so that turns are seconds apart. Of either, the tokens and the time
-count while all streams decode. A turn of the service is compared with those of the engine before and after it, and
-counts only where these agree: shared machines change their state within seconds.
+Router, tokenizer service, worker and a light client share the machine's cores; an engine in this process, in turn with
+them, has them for itself. Both are loaded all the time, so that turns are seconds apart. Of either, the tokens and the
+time count while all streams decode. A turn of the service is compared with those of the engine before and after it,
+and counts only where these agree: shared machines change their state within seconds.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
 import statistics
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 import torch
 
-from qwire import AsyncClient
+from benchmarks.stream_client import Load, stream_client
 from tests.helpers.stacks import running_stack
 from worker.bench import Case, run_case
 from worker.kernels import choose_kernels, pin_threads, usable_cpus
@@ -31,26 +28,6 @@ STEP_TOKENS = 512
 """That a step computes at most, on either side."""
 SAME = 0.08
 """By how much of their mean two turns of the engine may differ, where the machine's state is the same."""
-
-
-async def streamed(address: str, vocab: int, batch: int, prompt: int, new: int, seed: int) -> float:
-    """Tokens a second of `batch` streams while all of them decode."""
-    chance = random.Random(seed)
-    times: list[list[tuple[float, int]]] = []
-
-    async def stream(client: AsyncClient) -> None:
-        ids = [chance.randrange(vocab) for _ in range(prompt)]
-        got: list[tuple[float, int]] = []
-        times.append(got)
-        generation = client.generate(token_ids=ids, max_tokens=new, ignore_eos=True, temperature=0)
-        async for delta in generation:
-            if delta.token_ids:
-                got.append((time.perf_counter(), len(delta.token_ids)))
-
-    async with AsyncClient(address) as client:
-        await asyncio.gather(*(stream(client) for _ in range(batch)))
-    begin, end = max(got[0][0] for got in times), min(got[-1][0] for got in times)
-    return sum(count for got in times for at, count in got if begin < at <= end) / (end - begin)
 
 
 def load(model: Path, case: Case) -> TorchRunner:
@@ -81,16 +58,20 @@ def main(model: Path, batch: int, prompt: int, new: int, rounds: int) -> None:
     case = Case(batch, prompt, new)
     prompts_first = "--step-target-ms", "60000"  # so that all streams decode at once for long
     flags = ("--kv-cache-mib", "1024", "--speculation", "0", "--max-step-tokens", str(STEP_TOKENS), *prompts_first)
-    with running_stack(model, "model", worker_flags=flags) as stack, ThreadPoolExecutor(1) as thread:
+    with (
+        running_stack(model, "model", worker_flags=flags) as stack,
+        stream_client(stack.address) as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
         runner = thread.submit(load, model, case).result()
         vocab = runner.config.vocab_size
-        asyncio.run(streamed(stack.address, vocab, batch, prompt, new, 0))  # records steps, and so on
+        client.rate(Load(batch, prompt, new, vocab, 0))  # records steps, and so on
         before = thread.submit(alone, runner, case).result()
         counted: list[float] = []
         done = 0
         while len(counted) < rounds and done < 3 * rounds:
             done += 1
-            service = asyncio.run(streamed(stack.address, vocab, batch, prompt, new, done))
+            service = client.rate(Load(batch, prompt, new, vocab, done))
             after = thread.submit(alone, runner, case).result()
             engine = (before + after) / 2
             counts = abs(before - after) < SAME * engine

@@ -25,7 +25,7 @@ LISTENING = "listening on "
 _HOPELESS = {2: "its settings are wrong", 3: "the model can't be loaded"}
 _KEPT_LINES = 20
 _LONGEST_LINE = 64 * 1024
-_EXIT_POLL_SECONDS = 0.2
+_EXIT_POLL_SECONDS = 1.0
 _HEALTH_POLL_SECONDS = 0.05
 _HEALTH_TIMEOUT_SECONDS = 2.0
 

@@ -43,12 +43,19 @@ inline int fixed_value(const char* panel, int64_t column, int64_t k) {
 #if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 typedef int16_t SignedShorts __attribute__((vector_size(4 * kWidth)));
 
+#if defined(__AVX512F__)
 // Where `mask` has ones those of `other`, else those of `x`.
 QWIRE_INLINE Shorts replace(Shorts x, Shorts other, uint16_t mask) {
-#if defined(__AVX512F__)
     return (Shorts)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)other, _mm512_set1_epi16(short(mask)), 0xd8);
+}
+#endif
+
+// Bit i of `other` where `x` has a zero.
+QWIRE_INLINE Shorts with_bit(Shorts x, Shorts other, int i) {
+#if defined(__AVX512F__)
+    return replace(x, other, uint16_t(1 << i));
 #else
-    return (x & uint16_t(~mask)) | (other & mask);
+    return x | (other & uint16_t(1 << i));
 #endif
 }
 
@@ -61,7 +68,7 @@ QWIRE_INLINE Shorts fixed_lows(const char* block, int vector, int pass) {
     if (vector < 3 * kFixedLows) return word(vector / 3) >> vector % 3 * 5;
     Shorts low = word(0) >> 15;
 #pragma GCC unroll 4
-    for (int i = 1; i < kFixedLows; ++i) low = replace(low, word(i) >> (15 - i), uint16_t(1 << i));
+    for (int i = 1; i < kFixedLows; ++i) low = with_bit(low, word(i) >> (15 - i), i);
     return low;
 }
 
