@@ -25,8 +25,10 @@ bool gather_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1
     const auto begin = reinterpret_cast<uintptr_t>(from), end = begin + uintptr_t(bytes);
-    for (uintptr_t at = (begin + kLarge - 1) / kLarge * kLarge; at + kLarge <= end; at += kLarge)
-        if (madvise(reinterpret_cast<void*>(at), kLarge, kCollapse) && errno == EINVAL) return false;
+    for (uintptr_t at = begin / kLarge * kLarge; at < end; at += kLarge) {
+        const bool whole = at >= begin && at + kLarge <= end;  // others fail where a mapping begins or ends
+        if (madvise(reinterpret_cast<void*>(at), kLarge, kCollapse) && errno == EINVAL && whole) return false;
+    }
     return true;
 #else
     return false;

@@ -9,8 +9,9 @@ namespace qwire {
 // where a read came before, it first tells all threads that the page is gone, and takes 17 µs.
 void touch(char* from, int64_t bytes);
 
-// Has the system move the whole large pages (2 MiB) of [from, from + bytes) into such; what is there stays, and may be read
-// meanwhile. Returns whether the system can. It takes some milliseconds a page.
+// Has the system move [from, from + bytes) into large pages (2 MiB), with what neighbours have of its first and last one:
+// between matrices these are a quarter of all weights. What is there stays, and may be read and written meanwhile. Returns
+// whether the system can. It takes some milliseconds a page.
 bool gather_pages(void* from, int64_t bytes);
 
 // Gives memory to all of [from, from + bytes), in large pages where the system can; what is there stays, and may be read and
