@@ -1,9 +1,10 @@
-"""What of a tensor lies in memory."""
+"""What lies in memory, and in what pages."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from pathlib import Path
 
 from torch import Tensor
 
@@ -18,3 +19,9 @@ def missing(tensor: Tensor) -> int:
     if _libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), pages):
         raise OSError(ctypes.get_errno(), "mincore")
     return sum(not page & 1 for page in pages)
+
+
+def bytes_in_large_pages() -> int:
+    """Of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.helpers.memory import bytes_in_large_pages
 from tests.helpers.native_modules import instruction_sets
 from worker.kernels import StoredError, StoredPart, quantized
 from worker.kernels.cpu import linear, native
@@ -338,18 +339,13 @@ def test_wrong_shapes_are_refused(kernels: ModuleType) -> None:
         linear.pack(kernels, torch.zeros(0, 4))
 
 
-def _bytes_in_large_pages() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
-
-
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
 def test_pages_are_gathered_under_a_weight(kernels: ModuleType, format: Format) -> None:  # noqa: A002
     packed, _ = made(kernels, format, 8192, 1024)
     x = torch.randn(1, 1024)
-    before, large = linear.linear(kernels, x, packed), _bytes_in_large_pages()
+    before, large = linear.linear(kernels, x, packed), bytes_in_large_pages()
     if linear.gather_pages(kernels, packed):
-        assert _bytes_in_large_pages() > large
+        assert bytes_in_large_pages() > large
     assert linear.linear(kernels, x, packed).equal(before)
 
 

@@ -6,7 +6,7 @@ from mmap import PAGESIZE
 
 import torch
 
-from tests.helpers.memory import missing
+from tests.helpers.memory import bytes_in_large_pages, missing
 from tests.helpers.native_modules import each_isa, module
 from worker.kernels.cpu.memory import populate, zeros
 
@@ -31,3 +31,14 @@ def test_less_than_a_page(isa: str) -> None:
     data = zeros(3)
     populate(module(isa), data)
     assert data.tolist() == [0, 0, 0]
+
+
+@each_isa
+def test_pages_are_gathered_where_neighbours_meet(isa: str) -> None:
+    data = zeros(5 * LARGE)
+    before = bytes_in_large_pages()
+    data.fill_(1)
+    first = data.data_ptr() + -data.data_ptr() % LARGE
+    if module(isa).gather_pages(first + LARGE // 2, 2 * LARGE):  # half of one, all of the next, half of a third
+        assert bytes_in_large_pages() >= before + 3 * LARGE
+    assert bool((data == 1).all())
