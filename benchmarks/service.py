@@ -5,8 +5,8 @@
 Router, tokenizer service, worker and a light client share the machine's cores; an engine in this process, in turn with
 them, has them for itself. Both are loaded all the time, so that turns are seconds apart. Of either, the tokens and the
 time count while all streams decode. A turn of the service is compared with those of the engine before and after it,
-and counts only where these agree: shared machines change their state within seconds. And they give one process faster
-memory than another for as long as it lives, by 7% at times: several starts show by how much that goes.
+and counts only where these agree: shared machines change their state within seconds. One process may also have faster
+memory than another for as long as it lives: several starts show what that makes.
 """
 
 from __future__ import annotations
