@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass
 import grpc
 import uvloop
 
+from benchmarks.router_clients import METHOD
 from qwire import _child
 from qwire.v1 import generation_pb2 as pb
-
-METHOD = "/qwire.v1.GenerationService/Generate"
 
 
 @dataclass(frozen=True, slots=True)
