@@ -131,6 +131,16 @@ struct Int4 {
     Words low_, high_;  // what a step's four bytes get added
 };
 
+// As the first of several tiles meets W: it leaves them unpacked for the others.
+template <class W>
+struct Unpacking : W {
+    using W::W;
+};
+template <class W>
+constexpr bool kUnpacking = false;
+template <class W>
+constexpr bool kUnpacking<Unpacking<W>> = true;
+
 #if defined(__AVX512VNNI__)
 // Weights of W as they are multiplied, a group's scales before them as W has them: [k / kValues][32 columns][kValues].
 template <class W>

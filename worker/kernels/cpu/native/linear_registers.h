@@ -30,6 +30,7 @@ struct Product : Output {
     // Integer only: [tile rows][32] that a block of K leaves to the next one, and room for as many.
     float *sums, *room;
     bool first, last;  // of the blocks
+    char* unpacked;  // where kUnpacking leaves weights, as Unpacked has them
     // Where it doesn't stream, prefetching goes on at `ahead`, `advance` bytes for each chunk of K.
     const char* ahead;
     int64_t advance;
@@ -124,6 +125,7 @@ void integer_product(const Product& p) {
         const int32_t *rows = static_cast<const int32_t*>(p.rows), *starts = p.starts;
         using Shared = std::conditional_t<kInRegisters, SumsInRegisters<R>, SumsInMemory<R>>;  // unless kShare, unused
         using Own = std::conditional_t<kInRegisters && !kShare, SumsInRegisters<R>, SumsInMemory<R>>;
+        [[maybe_unused]] char* unpacked = p.unpacked;
         Shared shared(p.room, false);
         Own own(p.sums + pass * R * 2 * kWidth, !p.first);
         for (int64_t left = p.chunks; left > 0; left -= kChunks, starts += R) {
@@ -133,6 +135,10 @@ void integer_product(const Product& p) {
             at += 64;
             Ints sums[R][2];
             const W weights(group, pass);
+            if constexpr (kUnpacking<W>) {
+                store(unpacked, load<Ints>(group));
+                unpacked += 64;
+            }
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = W::kStarts ? broadcast(starts[r]) : Ints{};
             __builtin_prefetch(group + (kStreams ? kFar : kNear), 0, kStreams ? 2 : 3);
@@ -143,6 +149,11 @@ void integer_product(const Product& p) {
                     for (int step = 0; step < W::kSteps; ++step) {
                         typename W::Weights low, high;
                         weights.load(at, step, pass, low, high);
+                        if constexpr (kUnpacking<W>) {
+                            store(unpacked, low);
+                            store(unpacked + 64, high);
+                            unpacked += 128;
+                        }
                         for (int64_t i = lines<W>(step); i < lines<W>(step + 1); ++i)
                             __builtin_prefetch(at + (kStreams ? kFar : kNear) + i * 64, 0, kStreams ? 2 : 3);
                         // Else g++ puts all prefetches in one place, and stores sums a second time for the next group.
@@ -204,57 +215,44 @@ constexpr std::array<Kernel, sizeof...(R)> integer_kernels(std::integer_sequence
     return {integer_product<W, kStreams, R + 1>...};
 }
 
-#if defined(__AVX512VNNI__)
-// `chunks` of a panel's weights, for as many tiles as read them: Intel's processors unpack with what they multiply with, so
-// that each tile for itself took up to a quarter of the time.
-template <class W>
-const char* unpack(const char* from, int64_t chunks) {
-    constexpr int64_t kStepValues = W::kSteps * W::kValues, kStepBytes = W::kSteps * 128;
-    const int64_t size = chunks * kChunk, groups = ceil_div(size, W::kGroup);
-    auto* unpacked = static_cast<char*>(scratch(2, groups * 64 + size / W::kValues * 128));
-    char* to = unpacked;
-    for (int64_t k = 0; k < size; k += W::kGroup) {
-        const W weights(from, 0);
-        store(to, load<Ints>(from));
-        from += 64, to += 64;
-        const int64_t end = std::min(k + W::kGroup, size);
-        for (int64_t at = k; at < end; at += kStepValues, from += W::kBytes, to += kStepBytes) {
-#pragma GCC unroll 8
-            for (int step = 0; step < W::kSteps; ++step) {
-                typename W::Weights low, high;
-                weights.load(from, step, 0, low, high);
-                for (int64_t i = lines<W>(step); i < lines<W>(step + 1); ++i)
-                    __builtin_prefetch(from + kNear + i * 64, 0, 3);
-                store(to + step * 128, low);
-                store(to + step * 128 + 64, high);
-            }
-        }
-    }
-    return unpacked;
-}
+// Which tile meets a panel: the only one, which weights stream past, or the first of several, or another of them. Intel's
+// processors unpack with what they multiply with, so that each tile for itself took up to a quarter of the time; unpacking by
+// itself, before the first, took a tenth of 16 rows on Zen 4.
+enum class Met { kAlone, kFirst, kLater };
 
-// Weights as one tile meets them, or several.
-template <class W, bool kStreams>
-using Met = std::conditional_t<kStreams, W, Unpacked<W>>;
+template <class W, Met kMet>
+struct AsMet {
+    using Weights = W;
+};
+#if defined(__AVX512VNNI__)
+template <class W>
+struct AsMet<W, Met::kFirst> {
+    using Weights = Unpacking<W>;
+};
+template <class W>
+struct AsMet<W, Met::kLater> {
+    using Weights = Unpacked<W>;
+};
+
 // Up to so many tiles take a block of K that fits in the level-1 cache before the next one: on Emerald Rapids 5 to 12% of 15 to
 // 35 rows. More would wait for their sums.
 constexpr int64_t kBlockedTiles = 5, kBlockBytes = 8192;
 #endif
 
 // By rows of the tile, less one.
-template <bool kStreams>
+template <Met kMet>
 const Kernel* kernels(Format format) {
+    constexpr bool kStreams = kMet == Met::kAlone;
     using FloatTiles = std::make_integer_sequence<int, kFloatTile>;
     using IntTiles = std::make_integer_sequence<int, kStreams ? kIntTile : kTileOfMany>;
     static constexpr auto float32 = float_kernels<Float32, kStreams>(FloatTiles());
     static constexpr auto float16 = float_kernels<Float16, kStreams>(FloatTiles());
     static constexpr auto int8 = integer_kernels<Int8, kStreams>(IntTiles());
+    static constexpr auto int4 = integer_kernels<typename AsMet<Int4, kMet>::Weights, kStreams>(IntTiles());
 #if defined(__AVX512VNNI__)
-    static constexpr auto bfloat16 = integer_kernels<Met<FixedPoint, kStreams>, kStreams>(IntTiles());
-    static constexpr auto int4 = integer_kernels<Met<Int4, kStreams>, kStreams>(IntTiles());
+    static constexpr auto bfloat16 = integer_kernels<typename AsMet<FixedPoint, kMet>::Weights, kStreams>(IntTiles());
 #else
     static constexpr auto bfloat16 = float_kernels<Bfloat16, kStreams>(FloatTiles());
-    static constexpr auto int4 = integer_kernels<Int4, kStreams>(IntTiles());
 #endif
     switch (format) {
         case Format::kFloat32: return float32.data();
@@ -269,7 +267,8 @@ const Kernel* kernels(Format format) {
 // The panel times the tiles [first, last).
 inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t first, int64_t last) {
     const int64_t count = last - first, chunks = ceil_div(panel.in, kChunk), first_row = rows.tiles.first(first);
-    const Kernel* by_rows = count == 1 ? kernels<true>(panel.format) : kernels<false>(panel.format);
+    const Kernel* by_rows = count == 1 ? kernels<Met::kAlone>(panel.format) : kernels<Met::kFirst>(panel.format);
+    const Kernel* later_by_rows = kernels<Met::kLater>(panel.format);
     int64_t block = chunks;
 #if defined(__AVX512VNNI__)
     const bool fixed = panel.format == Format::kBfloat16, unpacks = count > 1 && (fixed || panel.format == Format::kInt4);
@@ -278,6 +277,12 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
     const bool blocked = block < chunks;
     const int64_t sums = blocked ? rows.tiles.first(last) - first_row : kIntTile;  // rows of them
     Product p{output_of(panel, rows.tiles.rows)};
+#if defined(__AVX512VNNI__)
+    if (unpacks) {
+        const int64_t size = std::min(block, chunks) * kChunk, group = fixed ? FixedPoint::kGroup : Int4::kGroup;
+        p.unpacked = static_cast<char*>(scratch(2, ceil_div(size, group) * 64 + size * kPanel * (fixed ? 2 : 1)));
+    }
+#endif
     p.room = static_cast<float*>(scratch(1, (kIntTile + sums) * kPanel * int64_t(sizeof(float))));
     for (int64_t chunk = 0; chunk < chunks; chunk += block) {
         p.chunks = std::min(block, chunks - chunk);
@@ -287,9 +292,6 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
         p.advance = ceil_div(bytes, count * p.chunks);
         // With one tile weights stream past; with several the block stays in a cache, and each brings in its share of another.
         const char* ahead = blocked ? p.panel + 2 * bytes : panel.next;
-#if defined(__AVX512VNNI__)
-        if (unpacks) p.panel = fixed ? unpack<FixedPoint>(p.panel, p.chunks) : unpack<Int4>(p.panel, p.chunks);
-#endif
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t row = rows.tiles.first(tile), size = rows.tiles.size(tile);
             p.ahead = ahead + bytes * (tile - first) / count;
@@ -298,7 +300,10 @@ inline void panel_product(const Panel& panel, const TiledRows& rows, int64_t fir
             if (rows.scales) p.scales = rows.scales + row * rows.row_scales + chunk * kChunk / kRowGroup * size;
             p.sums = p.room + (kIntTile + (blocked ? row - first_row : 0)) * kPanel;
             p.y = panel.y + row * panel.y_stride;
-            by_rows[size - 1](p);
+            (tile == first ? by_rows : later_by_rows)[size - 1](p);
+#if defined(__AVX512VNNI__)
+            if (unpacks) p.panel = p.unpacked;
+#endif
         }
     }
     if (p.past_caches) finish_past_caches();
