@@ -20,13 +20,16 @@ import click
 import torch
 
 from benchmarks.stream_client import Load, stream_client
-from tests.helpers.stacks import running_stack
+from tests.helpers.stacks import eventually, running_stack
 from worker.bench import Case, run_case
 from worker.kernels import choose_kernels, pin_threads, usable_cpus
+from worker.loading import GATHERED
 from worker.runner.runner import TorchRunner
 
 STEP_TOKENS = 512
 """That a step computes at most, on either side."""
+SETTLES = 120
+"""Seconds that a worker may take until its memory is as an engine's, which moves it before its first turn."""
 SAME = 0.08
 """By how much of their mean two turns of the engine may differ, where the machine's state is the same."""
 
@@ -59,6 +62,8 @@ def compare(model: Path, case: Case, rounds: int) -> list[float]:
         ThreadPoolExecutor(1) as thread,
     ):
         runner = thread.submit(load, model, case).result()
+        if not eventually(lambda: any(GATHERED in line for line in stack.lines), SETTLES):
+            raise click.ClickException("the worker doesn't settle")
         vocab = runner.config.vocab_size
         client.rate(Load(case.batch, case.prompt, case.new, vocab, 0))  # records steps, and so on
         before = thread.submit(alone, runner, case).result()

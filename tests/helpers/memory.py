@@ -21,6 +21,12 @@ def missing(tensor: Tensor) -> int:
     return sum(not page & 1 for page in pages)
 
 
+def offers_large_pages() -> bool:
+    """Whether the system gives large pages to memory that asks for them."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
 def bytes_in_large_pages() -> int:
     """Of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

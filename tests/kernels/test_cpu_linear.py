@@ -11,11 +11,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.helpers.memory import bytes_in_large_pages
+from tests.helpers.memory import bytes_in_large_pages, offers_large_pages
 from tests.helpers.native_modules import instruction_sets
+from tests.helpers.stacks import eventually
 from worker.kernels import StoredError, StoredPart, quantized
 from worker.kernels.cpu import linear, native
 from worker.kernels.cpu.linear import Format, PackedLinear, Packer
+from worker.kernels.cpu.memory import zeros
 from worker.kernels.reference import dense
 
 FLOATS: dict[Format, torch.dtype] = {
@@ -340,13 +342,28 @@ def test_wrong_shapes_are_refused(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
-def test_pages_are_gathered_under_a_weight(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+def test_pages_are_gathered_under_a_weight(
+    kernels: ModuleType,
+    format: Format,  # noqa: A002
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "zeros", lambda nbytes, large: zeros(nbytes))  # as where the system had none at first
     packed, _ = made(kernels, format, 8192, 1024)
     x = torch.randn(1, 1024)
     before, large = linear.linear(kernels, x, packed), bytes_in_large_pages()
     if linear.gather_pages(kernels, packed):
         assert bytes_in_large_pages() > large
     assert linear.linear(kernels, x, packed).equal(before)
+
+
+def test_weights_come_into_large_pages(kernels: ModuleType) -> None:
+    def come() -> bool:
+        before = bytes_in_large_pages()
+        packed, _ = made(kernels, "bfloat16", 8192, 1024)
+        return bytes_in_large_pages() > before + packed.nbytes // 2
+
+    if offers_large_pages():
+        assert eventually(come, 10)  # the system may be short of them for a moment
 
 
 def test_machine_limits(kernels: ModuleType) -> None:

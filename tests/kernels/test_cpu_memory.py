@@ -7,7 +7,7 @@ from mmap import PAGESIZE
 
 import torch
 
-from tests.helpers.memory import bytes_in_large_pages, missing
+from tests.helpers.memory import bytes_in_large_pages, missing, offers_large_pages
 from tests.helpers.native_modules import each_isa, module
 from tests.helpers.stacks import eventually
 from worker.kernels.cpu.memory import populate, zeros
@@ -26,6 +26,28 @@ def test_memory_comes_with_what_is_written_or_all_at_once(isa: str) -> None:
     expected = torch.zeros_like(data)
     expected[LARGE : LARGE + 100] = 7
     assert data.equal(expected)
+
+
+@each_isa
+def test_all_at_once_in_large_pages(isa: str) -> None:
+    def come() -> bool:
+        data, before = zeros(5 * LARGE), bytes_in_large_pages()
+        populate(module(isa), data)
+        return bytes_in_large_pages() >= before + 4 * LARGE
+
+    if offers_large_pages():
+        assert eventually(come, 10)  # the system may be short of them for a moment
+
+
+def test_large_pages_with_what_is_written() -> None:
+    def come() -> bool:
+        data, before = zeros(5 * LARGE, large=True), bytes_in_large_pages()
+        assert missing(data) == 5 * LARGE // PAGESIZE
+        data.fill_(1)
+        return bytes_in_large_pages() >= before + 4 * LARGE
+
+    if offers_large_pages():
+        assert eventually(come, 10)
 
 
 @each_isa

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.helpers.memory import missing
 from tests.helpers.models import write_random_qwen3
+from tests.helpers.stacks import eventually
 from worker import loading
 from worker.kernels import choose_kernels
 from worker.runner.runner import TorchRunner
@@ -26,12 +28,16 @@ class _Runner:
         self.gathered.set()
 
 
-def test_pages_are_gathered_behind_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_gathered_behind_everything_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(loading, "GATHER_AFTER_SECONDS", 0.0)
     runner, own = _Runner(), os.getpriority(os.PRIO_PROCESS, 0)
     loading.gather_pages_later(cast(TorchRunner, runner))
     assert runner.gathered.wait(30)
     assert runner.niceness == 19
+    assert eventually(lambda: loading.GATHERED in caplog.text, 10)
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 

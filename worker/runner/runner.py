@@ -192,9 +192,9 @@ class TorchRunner:
         return max(windows) if len(windows) == len(self._windows) else None
 
     def gather_pages(self) -> None:
-        """Moves a CPU's weights into large pages, where the system has them: small ones cost 1 to 3% of a decode
-        step. Then gives keys and values all their memory, in such pages too, which streams would else wait for as the
-        cache fills. Takes seconds, beside steps if need be; another thread may call it."""
+        """Moves what of a CPU's weights didn't come into large pages there, where the system has them: small ones cost
+        1 to 3% of a decode step. Then gives keys and values all their memory, in such pages too, which streams would
+        else wait for as the cache fills. Takes seconds, beside steps if need be; another thread may call it."""
         if not isinstance(self.kernels, CpuKernels):
             return
         for matrix in self._matrices():

@@ -58,7 +58,7 @@ class Packer:
         if out_features < 1 or in_features < 1:
             raise ValueError(f"a weight needs rows and columns, got [{out_features}, {in_features}]")
         self._module, self._out, self._in, self._format = module, out_features, in_features, format
-        self._data = zeros(module.packed_bytes(_CODES[format], out_features, in_features))
+        self._data = zeros(module.packed_bytes(_CODES[format], out_features, in_features), large=True)
 
     def put(self, first_row: int, rows: Tensor | QuantizedWeight) -> None:
         """Packs [n, K] as rows from `first_row` on; floats are converted or quantized to the packer's format."""

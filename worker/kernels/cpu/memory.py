@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 
-def zeros(nbytes: int) -> Tensor:
+def zeros(nbytes: int, large: bool = False) -> Tensor:
     """uint8 [nbytes] at the start of a page, whose pages take neither memory nor time until they are written.
 
     Of a mapping that is this process's own: the pages of a shared one, which lie in memory as they come, were read 2 to
-    4% more slowly.
+    4% more slowly. `large`: a write takes a page of 2 MiB, where the system has one at hand.
     """
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # of a system without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def populate(module: ModuleType, tensor: Tensor) -> None:
