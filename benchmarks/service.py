@@ -1,12 +1,13 @@
 """What the service costs: tokens a second of streams over gRPC, with text, beside those of the engine alone.
 
-    python -m benchmarks.service --model FOLDER [--batch 8] [--prompt 128] [--new 64] [--starts 1] [--rounds 8]
+    python -m benchmarks.service --model FOLDER [--batch 8] [--prompt 128] [--new 128] [--starts 1] [--rounds 8]
 
 Router, tokenizer service, worker and a light client share the machine's cores; an engine in this process, in turn with
 them, has them for itself. Both are loaded all the time, so that turns are seconds apart. Of either, the tokens and the
 time count while all streams decode. A turn of the service is compared with those of the engine before and after it,
 and counts only where these agree: shared machines change their state within seconds. One process may also have faster
-memory than another for as long as it lives: several starts show what that makes.
+memory than another for as long as it lives: several starts show what that makes. Streams are long enough for their
+beginning, which a router is busy with in the first step or two, to count for little.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def compare(model: Path, case: Case, rounds: int) -> list[float]:
 @click.option("--model", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--batch", default=8)
 @click.option("--prompt", default=128, help="Tokens.")
-@click.option("--new", default=64, help="Tokens.")
+@click.option("--new", default=128, help="Tokens.")
 @click.option("--starts", default=1, help="Of both.")
 @click.option("--rounds", default=8, help="That count, of each start.")
 def main(model: Path, batch: int, prompt: int, new: int, starts: int, rounds: int) -> None:
