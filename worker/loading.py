@@ -59,8 +59,8 @@ def gather_pages_later(runner: TorchRunner) -> None:
         if sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread
         started = time.monotonic()
-        runner.gather_pages()
-        log.info("%s after %.1f s", GATHERED, time.monotonic() - started)
+        if runner.gather_pages():
+            log.info("%s after %.1f s", GATHERED, time.monotonic() - started)
 
     timer = threading.Timer(GATHER_AFTER_SECONDS, gather)
     timer.daemon = True

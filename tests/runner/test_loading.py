@@ -23,9 +23,10 @@ class _Runner:
         self.gathered = threading.Event()
         self.niceness = 0
 
-    def gather_pages(self) -> None:
+    def gather_pages(self) -> bool:
         self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         self.gathered.set()
+        return True
 
 
 def test_pages_are_gathered_behind_everything_else(
@@ -46,6 +47,11 @@ def test_keys_and_values_get_all_their_memory(tmp_path: Path) -> None:
     runner = TorchRunner(folder, num_blocks=4096, kernels=choose_kernels("cpu").kernels, kv_dtype="int8")
     tensors = [tensor for cache in runner.caches for tensor in cache.tensors]
     assert all(map(missing, tensors))
-    runner.gather_pages()
+    assert runner.gather_pages()
     assert not any(map(missing, tensors))
     assert not any(tensor.any() for tensor in tensors)
+
+
+def test_other_backends_have_nothing_to_gather(tmp_path: Path) -> None:
+    folder = write_random_qwen3(tmp_path, dtype="bfloat16")
+    assert not TorchRunner(folder, num_blocks=16, kernels=choose_kernels("reference").kernels).gather_pages()

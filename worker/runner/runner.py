@@ -191,18 +191,20 @@ class TorchRunner:
         windows = [window for window in self._windows if window is not None]
         return max(windows) if len(windows) == len(self._windows) else None
 
-    def gather_pages(self) -> None:
+    def gather_pages(self) -> bool:
         """Moves what of a CPU's weights didn't come into large pages there, where the system has them: small ones cost
         1 to 3% of a decode step. Then gives keys and values all their memory, in such pages too, which streams would
-        else wait for as the cache fills. Takes seconds, beside steps if need be; another thread may call it."""
+        else wait for as the cache fills. Takes seconds, beside steps if need be; another thread may call it.
+        Returns whether the backend is the cpu kernels', which alone has such memory."""
         if not isinstance(self.kernels, CpuKernels):
-            return
+            return False
         for matrix in self._matrices():
             if not self.kernels.gather_pages(matrix):
                 break  # nor the others
         for cache in self.caches:
             for tensor in cache.tensors:
                 self.kernels.populate(tensor)
+        return True
 
     def _matrices(self) -> Collection[PreparedLinear]:
         """What is multiplied by, each once."""
