@@ -118,6 +118,20 @@ def test_a_rows_bits_are_its_own(kernels: ModuleType, format: Format) -> None:  
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_long_rows_of_few_tiles(kernels: ModuleType, format: Format) -> None:  # noqa: A002
+    """Threads share them out along K; the same bits, of gated rows too."""
+    packed, _ = made(kernels, format, 40, 3 * 1000 + 5)
+    gate_up = torch.randn(16, 2 * 3005)
+    for rows in (4, 6, 14, 16):
+        for x, is_gated in ((gate_up[:rows], True), (gate_up[:rows, :3005].contiguous(), False)):
+            kernels.set_threads(1, [])
+            wanted = torch.cat([linear.linear(kernels, row[None], packed, gated=is_gated) for row in x])
+            for threads in (1, 2, 3):
+                kernels.set_threads(threads, [])
+                assert torch.equal(linear.linear(kernels, x, packed, gated=is_gated), wanted), f"{rows}, {threads}"
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_outputs_that_no_cache_holds(kernels: ModuleType, format: Format) -> None:  # noqa: A002
     """They may be written past the caches, where they lie so that they can be; the same bits."""
     packed, _ = made(kernels, format, 4096, 160)

@@ -126,16 +126,21 @@ void linear_fixed(const Weights& w, int64_t rows, const FloatRows& x) {
 }
 
 void linear_quantized(const Weights& w, int64_t rows, const FloatRows& x) {
-    const QuantizedRows to(scratch(0, QuantizedRows::bytes(rows, w.in)), rows, w.in);
-    quantize_rows(to, x);
     const bool wide = w.format == Format::kInt8;
+    const QuantizedRows to(scratch(0, QuantizedRows::bytes(rows, w.in)), wide ? int_tiles(rows) : int4_tiles(rows), w.in);
+    quantize_rows(to, x);
     TiledRows tiled{to.tiles, reinterpret_cast<const char*>(to.values(0)), to.chunks * kChunkWords * 4,
                     wide ? to.int8_starts(0) : to.int4_starts(0), wide ? to.groups : to.chunks, to.scales(0), to.groups};
 #if defined(__AVX2__) && !defined(__AVX512F__)
     if (!wide) {
         tiled.row_bytes = to.chunks * kChunk;
         auto* bytes = static_cast<char*>(scratch(3, rows * tiled.row_bytes));
-        bytes_of(to.values(0), rows * to.chunks * kChunkWords, bytes);
+        constexpr int64_t kAtOnce = 8;  // tiles: fewer are not worth another thread
+        parallel_for(ceil_div(to.tiles.count, kAtOnce), [&](int64_t task) {
+            const int64_t first = task * kAtOnce, last = std::min(first + kAtOnce, to.tiles.count);
+            bytes_of(to.values(first), int64_t(to.values(last) - to.values(first)),
+                     bytes + to.tiles.first(first) * tiled.row_bytes);
+        });
         tiled.values = bytes;
     }
 #endif

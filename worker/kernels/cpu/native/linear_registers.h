@@ -245,10 +245,11 @@ const Kernel* kernels(Format format) {
     constexpr bool kStreams = kMet == Met::kAlone;
     using FloatTiles = std::make_integer_sequence<int, kFloatTile>;
     using IntTiles = std::make_integer_sequence<int, kStreams ? kIntTile : kTileOfMany>;
+    using Int4Tiles = std::make_integer_sequence<int, kTileOfMany>;
     static constexpr auto float32 = float_kernels<Float32, kStreams>(FloatTiles());
     static constexpr auto float16 = float_kernels<Float16, kStreams>(FloatTiles());
     static constexpr auto int8 = integer_kernels<Int8, kStreams>(IntTiles());
-    static constexpr auto int4 = integer_kernels<typename AsMet<Int4, kMet>::Weights, kStreams>(IntTiles());
+    static constexpr auto int4 = integer_kernels<typename AsMet<Int4, kMet>::Weights, kStreams>(Int4Tiles());
 #if defined(__AVX512VNNI__)
     static constexpr auto bfloat16 = integer_kernels<typename AsMet<FixedPoint, kMet>::Weights, kStreams>(IntTiles());
 #else

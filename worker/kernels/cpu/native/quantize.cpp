@@ -140,10 +140,10 @@ QWIRE_INLINE void fix_row(const float* from, int64_t size, float* scales, int64_
 
 }  // namespace
 
-const float* FloatRows::row(int64_t row, int64_t size, float* room) const {
-    const float* from = x + row * stride;
+const float* FloatRows::part(int64_t row, int64_t size, int64_t first, int64_t count, float* room) const {
+    const float* from = x + row * stride + first;
     if (!gated) return from;
-    silu_mul(from, from + stride, room, size);
+    silu_mul(from, from + size, stride, room, count);
     return room;
 }
 
@@ -153,63 +153,84 @@ int64_t QuantizedRows::bytes(int64_t rows, int64_t size) {
            2 * line(rows * groups_of(size) * 4);
 }
 
-QuantizedRows::QuantizedRows(void* memory, int64_t rows, int64_t size)
-    : tiles(int_tiles(rows)), size(size), chunks(chunks_of(size)), groups(groups_of(size)) {
+QuantizedRows::QuantizedRows(void* memory, const Tiles& tiles, int64_t size)
+    : tiles(tiles), size(size), chunks(chunks_of(size)), groups(groups_of(size)) {
     auto* at = static_cast<char*>(memory);
     values_ = reinterpret_cast<int32_t*>(at);
-    at += line(rows * chunks * kChunkWords * 4);
+    at += line(tiles.rows * chunks * kChunkWords * 4);
     int8_starts_ = reinterpret_cast<int32_t*>(at);
-    at += line(rows * groups * 4);
+    at += line(tiles.rows * groups * 4);
     int4_starts_ = reinterpret_cast<int32_t*>(at);
-    at += line(rows * chunks * 4);
+    at += line(tiles.rows * chunks * 4);
     scales_ = reinterpret_cast<float*>(at);
 }
 
-void QuantizedRows::quantize(int64_t row, const float* from) const {
+void QuantizedRows::quantize(int64_t row, const float* from, int64_t first, int64_t count) const {
     // Tile sizes differ by one at most: the quotient is the tile or the one before it.
     int64_t tile = row * tiles.count / tiles.rows;
     while (tiles.first(tile + 1) <= row) ++tile;
     const int64_t height = tiles.size(tile), index = row - tiles.first(tile);
-    int32_t* values = values_ + (tiles.first(tile) * chunks + index) * kChunkWords;
-    int32_t* int8_starts = int8_starts_ + tiles.first(tile) * groups + index;
-    int32_t* int4_starts = int4_starts_ + tiles.first(tile) * chunks + index;
-    float* scales = scales_ + tiles.first(tile) * groups + index;
+    const int64_t first_chunk = tiles.first(tile) * chunks + first / kChunk * height;
+    const int64_t first_group = tiles.first(tile) * groups + first / kRowGroup * height;
+    int32_t* values = values_ + (first_chunk + index) * kChunkWords;
+    int32_t *int8_starts = int8_starts_ + first_group + index, *int4_starts = int4_starts_ + first_chunk + index;
     const auto place = [&](int64_t chunk) __attribute__((always_inline)) { return values + chunk * height * kChunkWords; };
-    const auto put_sums = [&](int64_t first, int64_t count, i32v (&halves)[kLanes]) __attribute__((always_inline)) {
+    const auto put_sums = [&](int64_t chunk, int64_t some, i32v (&halves)[kLanes]) __attribute__((always_inline)) {
         int32_t lanes[kLanes];
         store(lanes, totals(halves));
-        for (int64_t i = 0; i < count; ++i) int4_starts[(first + i) * height] = kInt4Start * lanes[i];
-        for (int64_t i = 0; i < count; i += kPerGroup) {
+        for (int64_t i = 0; i < some; ++i) int4_starts[(chunk + i) * height] = kInt4Start * lanes[i];
+        for (int64_t i = 0; i < some; i += kPerGroup) {
             int32_t group = 0;
             for (int64_t j = 0; j < kPerGroup; ++j) group += lanes[i + j];
-            int8_starts[(first + i) / kPerGroup * height] = -128 * group;
+            int8_starts[(chunk + i) / kPerGroup * height] = -128 * group;
         }
     };
-    quantize_row(from, size, scales, height, place, put_sums);
+    quantize_row(from, count, scales_ + first_group + index, height, place, put_sums);
 }
+
+namespace {
+
+// Values that are worth a task of their own: some 3 µs of work.
+constexpr int64_t kShare = 4096;
+
+// Calls f(tile, row, its floats, first, count) for each row of each tile, on all threads: for values [first, first + count) of
+// it, whole groups but at its end. Few tiles, where some threads would have one more than others, are shared out by groups:
+// threads that took rows of one tile would write to the same cache lines.
+template <class F>
+void over_rows(const Tiles& tiles, int64_t size, const FloatRows& x, F&& f) {
+    static_assert(kFixedGroup == kRowGroup);
+    const int64_t groups = groups_of(size), threads = num_threads();
+    const bool even = tiles.count % threads == 0 || tiles.count > 2 * threads;
+    const int64_t most = even ? 1 : std::min(4 * threads / tiles.count, tiles.size(0) * size / kShare);
+    const int64_t parts = std::clamp<int64_t>(most, 1, groups);
+    parallel_for(tiles.count * parts, [&](int64_t task) {
+        const int64_t tile = task / parts, part = task % parts;
+        const int64_t first = groups * part / parts * kRowGroup;
+        const int64_t count = std::min(groups * (part + 1) / parts * kRowGroup, size) - first;
+        auto* room = static_cast<float*>(scratch(1, x.gated ? count * int64_t(sizeof(float)) : 0));
+        for (int64_t row = tiles.first(tile); row < tiles.first(tile + 1); ++row)
+            f(tile, row, x.part(row, size, first, count, room), first, count);
+    });
+}
+
+}  // namespace
 
 void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* values, float* scales) {
     const int64_t chunks = chunks_of(size), groups = groups_of(size);
-    parallel_for(tiles.count, [&](int64_t tile) {
-        const int64_t height = tiles.size(tile), first = tiles.first(tile);
-        auto* room = static_cast<float*>(scratch(1, x.gated ? size * int64_t(sizeof(float)) : 0));
-        for (int64_t r = 0; r < height; ++r) {
-            int16_t* row = values + first * chunks * kChunk + r * kChunk;
-            const auto put = [&](int64_t chunk, int i, i32v rounded) __attribute__((always_inline)) {
-                typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
-                store(row + chunk * height * kChunk + i, __builtin_convertvector(rounded, s16v));
-            };
-            fix_row(x.row(first + r, size, room), size, scales + first * groups + r, height, put);
-        }
+    over_rows(tiles, size, x, [&](int64_t tile, int64_t row, const float* from, int64_t first, int64_t count) {
+        const int64_t height = tiles.size(tile), index = row - tiles.first(tile);
+        int16_t* to = values + (tiles.first(tile) * chunks + first / kChunk * height + index) * kChunk;
+        const auto put = [&](int64_t chunk, int i, i32v rounded) __attribute__((always_inline)) {
+            typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
+            store(to + chunk * height * kChunk + i, __builtin_convertvector(rounded, s16v));
+        };
+        fix_row(from, count, scales + tiles.first(tile) * groups + first / kFixedGroup * height + index, height, put);
     });
 }
 
 void quantize_rows(const QuantizedRows& to, const FloatRows& x) {
-    // By tiles: threads that took rows of one tile would write to the same cache lines.
-    parallel_for(to.tiles.count, [&](int64_t tile) {
-        auto* room = static_cast<float*>(scratch(1, x.gated ? to.size * int64_t(sizeof(float)) : 0));
-        for (int64_t row = to.tiles.first(tile); row < to.tiles.first(tile + 1); ++row)
-            to.quantize(row, x.row(row, to.size, room));
+    over_rows(to.tiles, to.size, x, [&](int64_t, int64_t row, const float* from, int64_t first, int64_t count) {
+        to.quantize(row, from, first, count);
     });
 }
 

@@ -177,11 +177,10 @@ void rope_and_cache(const Rotation& rotation) {
     });
 }
 
-void silu_mul(const float* gate_up, const float* next, float* out, int64_t size) {
-    const float *gates = gate_up, *ups = gates + size;
-    for_vectors(size, [&](int64_t i, auto load_some, auto store_some) {
-        prefetch_floats(next + i, kLanes);
-        prefetch_floats(next + size + i, kLanes);
+void silu_mul(const float* gates, const float* ups, int64_t next, float* out, int64_t count) {
+    for_vectors(count, [&](int64_t i, auto load_some, auto store_some) {
+        prefetch_floats(gates + next + i, kLanes);
+        prefetch_floats(ups + next + i, kLanes);
         const f32v gate = load_some(gates + i);
         store_some(out + i, gate / (splat(1.0f) + exp(-gate)) * load_some(ups + i));
     });

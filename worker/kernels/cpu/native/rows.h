@@ -36,7 +36,7 @@ struct Rotation {
 constexpr int64_t kMaxHeadDim = 1024;
 void rope_and_cache(const Rotation& rotation);
 
-// A row [2 * size], gate then up, to silu(gate) * up, [size]. `next`: the row that is read after it, to be asked for.
-void silu_mul(const float* gate_up, const float* next, float* out, int64_t size);
+// silu(gate) * up of `count` of each to `out`. Those that are read after them lie `next` floats further, to be asked for.
+void silu_mul(const float* gates, const float* ups, int64_t next, float* out, int64_t count);
 
 }  // namespace qwire
