@@ -22,12 +22,16 @@ class CountingHash:
     """SHA-256, and how many parts all of them were given since the last reset."""
 
     parts = 0
+    held = False
+    """Whether parts from READ_AHEAD on take so long that whoever waits for them has time to see it."""
 
     def __init__(self, data: bytes = b"") -> None:
         self._hash = hashlib.new("sha256", data)
 
     def update(self, data: Any) -> None:
         CountingHash.parts += 1
+        if CountingHash.held and CountingHash.parts >= READ_AHEAD:
+            time.sleep(0.1)
         self._hash.update(data)
 
     def digest(self) -> bytes:
@@ -39,7 +43,7 @@ class CountingHash:
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> type[CountingHash]:
-    """Counts parts, which are small: a thread that reads ahead is not at the end when it is told to stop."""
+    """Counts parts, which are small."""
     monkeypatch.setattr(digest, "PART_BYTES", 4096)
     monkeypatch.setattr(digest, "PART_BYTES_AHEAD", 4096)
     monkeypatch.setattr(hashlib, "sha256", CountingHash)
@@ -49,12 +53,13 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> type[CountingHash]:
 
 def read_ahead(weights: WeightsDigest, parts: type[CountingHash]) -> int:
     """Has some parts read, and returns how many were."""
-    parts.parts = 0
+    parts.parts, parts.held = 0, True
     deadline = time.monotonic() + 20
     with weights.reading_ahead():
         while parts.parts < READ_AHEAD:
             assert time.monotonic() < deadline, "nothing is read"
             time.sleep(0)
+    parts.held = False
     return parts.parts
 
 
