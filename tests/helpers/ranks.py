@@ -33,9 +33,17 @@ class Job:
     num_blocks: int = 256
 
 
-def logits_on_ranks(world: int, jobs: Sequence[Job], scratch: Path, stages: int = 1) -> list[list[Tensor]]:
-    """Each job's logits, plan by plan, float32 [plan.num_tokens, V], as `stages` of `world` ranks compute them
-    together."""
+def result(runner: TorchRunner, plan: StepPlan) -> Tensor:
+    """Of a plan without draws its logits, float32 [plan.num_tokens, V]; of another, which is executed, ids and
+    log-probabilities of what was scored and drawn, float64 [entries, 2]."""
+    if not any(chunk.draws for chunk in plan.chunks):
+        return runner.forward_logits(plan)
+    drawn = [(token.token_id, token.logprob or 0.0) for tokens in runner.execute(plan) for token in tokens]
+    return torch.tensor(drawn, dtype=torch.float64)
+
+
+def results_on_ranks(world: int, jobs: Sequence[Job], scratch: Path, stages: int = 1) -> list[list[Tensor]]:
+    """Each job's results, plan by plan, as `stages` of `world` ranks compute them together."""
     scratch.mkdir(parents=True, exist_ok=True)
     described = [
         {
@@ -60,14 +68,14 @@ def _main(jobs: Path, out: Path) -> int:
         torch.set_num_threads(1)
         group = Group(place.rank, given["world"], given["stages"])
         group.connect(place.meeting, timeout=30)
-        logits = {}
+        results = {}
         for number, job in enumerate(given["jobs"]):
             runner = TorchRunner(Path(job["folder"]), num_blocks=job["num_blocks"], dtype=job["dtype"], group=group)
             for step, order in enumerate(job["plans"]):
                 plan = decode_step(plan_pb2.RankOrder.FromString(bytes.fromhex(order)).step)
-                logits[f"{number}.{step}"] = runner.forward_logits(plan)
+                results[f"{number}.{step}"] = result(runner, plan)
         if place.rank == 0:
-            save_file(logits, out)
+            save_file(results, out)
         group.meet()
         return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
 from tests.helpers.steps import chunk, logits_of, plan, table
 from worker.engine.plan import Chunk, Draw, Drawn, SamplingParams, StepPlan
-from worker.kernels import QUANTIZED_FORMATS, choose_kernels
+from worker.kernels import QUANTIZED_FORMATS, Kernels, PreparedLinear, choose_kernels
 from worker.runner import TorchRunner
 
 LENGTH = 530
@@ -199,6 +199,50 @@ def test_draws_do_not_depend_on_the_batch(case: Case) -> None:
     alone = [runner.execute(plan(one))[0] for one in chunks]
     assert runner.execute(plan(*chunks)) == alone
     assert runner.execute(plan(*reversed(chunks))) == alone[::-1]
+
+
+def test_what_is_asked_of_a_step_does_not_matter(case: Case) -> None:
+    """The last layer leaves out rows whose hidden states nobody reads: those that are read have the bits that they have
+    where all are, and all have the same keys and values."""
+    runner = make(case)
+    draw, ids, mate = Draw(SamplingParams(temperature=1.0, seed=3, logprobs=2), 0, 0), IDS[:200], IDS[200:290]
+    blocks, other = table(0, 200, 16), table(20, 90, 16)
+    every = plan(Chunk(ids, 0, blocks, (draw,), scored=ids, scored_top=1), Chunk(mate, 0, other, scored=mate))
+    (*scores, drawn), mates = runner.execute(every)
+    expected = kv_of(runner, (*blocks, *other), 290)
+    with torch.inference_mode():
+        for pool in (pool for cache in runner.caches for pool in cache.tensors):
+            pool.zero_()
+    few = plan(Chunk(ids, 0, blocks, (draw,), scored=ids[:30], scored_top=1), Chunk(mate, 0, other, scored=mate[:1]))
+    assert runner.execute(few) == [[*scores[:30], drawn], mates[:1]]
+    assert same(kv_of(runner, (*blocks, *other), 290), expected)
+    assert runner.execute(plan(chunk(ids, 0, blocks), chunk(mate, 0, other, draw))) == [[], [mates_draw(runner, mate)]]
+
+
+def mates_draw(runner: TorchRunner, ids: Sequence[int]) -> Drawn:
+    """What comes behind these ids, computed one by one."""
+    draw = Draw(SamplingParams(temperature=1.0, seed=3, logprobs=2), 0, 0)
+    blocks = table(40, len(ids), 16)
+    for position, token in enumerate(ids[:-1]):
+        runner.execute(plan(chunk([token], position, blocks)))
+    ((drawn,),) = runner.execute(plan(chunk(ids[-1:], len(ids) - 1, blocks, draw)))
+    return drawn
+
+
+def test_the_last_layer_leaves_out_rows_that_nobody_reads(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TorchRunner(folders["qwen3"], num_blocks=64)
+    multiply, rows = type(runner.kernels).gated_linear, []
+
+    def watched(kernels: Kernels, x: Tensor, weight: PreparedLinear, out: Tensor | None = None) -> Tensor:
+        rows.append(len(x))
+        return multiply(kernels, x, weight, out)
+
+    monkeypatch.setattr(type(runner.kernels), "gated_linear", watched)
+    runner.execute(plan(chunk(IDS[:100], 0, table(0, 100, 16))))
+    runner.execute(plan(chunk(IDS[100:300], 100, table(0, 300, 16), Draw(SamplingParams(), 0, 0))))
+    assert rows == [100, 1, 200, 1]
 
 
 def test_drafts_draw_what_decodes_draw(case: Case) -> None:

@@ -11,17 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
-from tests.helpers.ranks import Job, logits_on_ranks
+from tests.helpers.ranks import Job, result, results_on_ranks
 from tests.helpers.steps import chunk, plan, table
+from worker.engine.plan import Chunk, Draw, SamplingParams
+from worker.kernels import RaggedBatch
 from worker.kernels.reference import ReferenceKernels
 from worker.model import ModelConfig, ModelError, check_stages, load_model, stage_layers
 from worker.model.plan import stage_of
-from worker.model.qwen import Buffers
 from worker.parallel import Group
 from worker.runner import TorchRunner
-from worker.runner.batch import PART_ROWS, StepArrays, build_step, pipeline_parts
-
-SIZES = {"num_blocks": 400, "block_size": 16, "max_positions": 4096, "vocab_size": 512}
+from worker.runner.batch import PART_ROWS, StepArrays, build_step, only_rows, pipeline_parts
 
 
 @given(layers=st.integers(1, 100), stages=st.integers(1, 20))
@@ -90,9 +89,8 @@ def test_more_stages_than_layers(tmp_path: Path) -> None:
         check_stages(config, 4)
 
 
-def where(step: StepArrays) -> list[tuple[int, tuple[int, ...]]]:
-    """Each row's position and block table, by the ragged batch."""
-    ragged = step.ragged
+def where(ragged: RaggedBatch) -> list[tuple[int, tuple[int, ...]]]:
+    """Each row's position and block table."""
     return [
         (int(start) + offset, tuple(table.tolist()))
         for start, length, table in zip(ragged.starts, ragged.lengths, ragged.block_tables, strict=True)
@@ -100,24 +98,61 @@ def where(step: StepArrays) -> list[tuple[int, tuple[int, ...]]]:
     ]
 
 
-@given(
-    chunks=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 200)), min_size=1, max_size=12),
-    stages=st.integers(1, 5),
+CHUNKS = st.lists(
+    st.tuples(st.integers(1, 300), st.integers(0, 200), st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=12
 )
-def test_parts_are_the_step(chunks: list[tuple[int, int]], stages: int) -> None:
+"""Lengths, starts, draws and how many ids are scored."""
+
+
+def made_step(chunks: list[tuple[int, int, int, int]]) -> StepArrays:
     made = [
-        chunk(list(range(length)), start, table(33 * index, start + length, 16))
-        for index, (length, start) in enumerate(chunks)
+        Chunk(
+            range(length),
+            start,
+            table(33 * index, start + length, 16),
+            [Draw(SamplingParams(), 0, 0)] * draws,
+            scored=range(min(scored, length)),
+        )
+        for index, (length, start, draws, scored) in enumerate(chunks)
     ]
-    step = build_step(plan(*made), **SIZES)
+    return build_step(plan(*made), num_blocks=400, block_size=16, max_positions=4096, vocab_size=512)
+
+
+@given(chunks=CHUNKS)
+def test_rows_that_are_asked_for(chunks: list[tuple[int, int, int, int]]) -> None:
+    step = made_step(chunks)
+    ends = np.cumsum([length for length, *_ in chunks]).tolist()
+    drawn = [end - 1 for end, (_, _, draws, _) in zip(ends, chunks, strict=True) for _ in range(draws)]
+    scored = [
+        row
+        for end, (length, _, _, count) in zip(ends, chunks, strict=True)
+        for row in range(end - length, end - length + min(count, length))
+    ]
+    assert step.hidden_rows[step.draw_rows].tolist() == drawn
+    decodes = len(step.ids) == len(chunks)
+    assert step.hidden_rows.tolist() == (list(range(len(step.ids))) if decodes else sorted({*drawn, *scored}))
+    rows = step.last_rows
+    only = only_rows(step.ragged, rows)
+    every = where(step.ragged)
+    assert where(only) == [every[row] for row in rows.tolist()]
+    assert only.lengths.min() >= 1
+    assert len(only.lengths) <= 2 * len(chunks)
+
+
+@given(chunks=CHUNKS, stages=st.integers(1, 5))
+def test_parts_are_the_step(chunks: list[tuple[int, int, int, int]], stages: int) -> None:
+    step = made_step(chunks)
     parts = list(pipeline_parts(step, stages))
+    begins = np.cumsum([0, *(len(part.ids) for part in parts)])
+    asked = [part.hidden_rows + begin for part, begin in zip(parts, begins[:-1], strict=True)]
+    assert np.array_equal(np.concatenate(asked), step.hidden_rows)
     for name in ("ids", "positions", "slots"):
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(step, name))
-    assert [row for part in parts for row in where(part)] == where(step)
+    assert [row for part in parts for row in where(part.ragged)] == where(step.ragged)
     for part in parts:
-        assert [position for position, _ in where(part)] == part.positions.tolist()
+        assert [position for position, _ in where(part.ragged)] == part.positions.tolist()
         assert part.ragged.lengths.min() >= 1
-    assert len(parts) == 1 or all(len(part.ids) >= PART_ROWS > Buffers.ROWS for part in parts)
+    assert len(parts) == 1 or all(len(part.ids) >= PART_ROWS for part in parts)
     assert (len(parts) > 1) == (stages > 1 and len(step.ids) >= 2 * PART_ROWS)
 
 
@@ -129,23 +164,29 @@ def test_stages_give_the_bits_of_one(tmp_path: Path, world: int, stages: int) ->
         write_random_qwen2(tmp_path / "qwen2", layers=3, heads=4, kv_heads=2, hidden=256),
     ]
     long, short = [(7 * i) % 512 for i in range(600)], [(3 * i) % 512 for i in range(9)]
-    blocks, other = table(0, 600, 16), table(50, 9, 16)
+    blocks, third, other = table(0, 600, 16), table(38, 190, 16), table(50, 9, 16)
+    draw = Draw(SamplingParams(), 0, 0)  # ranks know no other
     plans = [
         plan(chunk(long[:PART_ROWS], 0, blocks)),
         plan(chunk(long[PART_ROWS:400], PART_ROWS, blocks)),
         plan(chunk(short, 0, other), chunk(long[400:401], 400, blocks)),
         plan(chunk(long[401:], 401, blocks)),
         plan(chunk(long[: 2 * PART_ROWS], 0, blocks)),  # parts of the least size
+        # Of a first part no hidden state is asked for.
+        plan(chunk(long[:400], 0, blocks), chunk(short, 0, other, draw), chunk(long[5:195], 0, third, draw)),
+        plan(
+            Chunk(long[:300], 0, blocks, (draw,), scored=[0] * 30),
+            Chunk(short, 0, other, (draw,), scored=[0] * 8),
+            chunk(long[:1], 0, third),
+        ),
     ]
     jobs = [Job(folder, plans, num_blocks=64) for folder in folders]
-    got = logits_on_ranks(world, jobs, tmp_path / "pipeline", stages)
+    got = results_on_ranks(world, jobs, tmp_path / "pipeline", stages)
     if world > 1:
-        expected = logits_on_ranks(world, jobs, tmp_path / "stage")
+        expected = results_on_ranks(world, jobs, tmp_path / "stage")
     else:
         alone = [TorchRunner(job.folder, num_blocks=job.num_blocks) for job in jobs]
-        expected = [
-            [runner.forward_logits(step) for step in job.plans] for runner, job in zip(alone, jobs, strict=True)
-        ]
+        expected = [[result(runner, step) for step in job.plans] for runner, job in zip(alone, jobs, strict=True)]
     for mine, theirs in zip(got, expected, strict=True):
-        for logits, other_logits in zip(mine, theirs, strict=True):
-            assert torch.equal(logits, other_logits)
+        for one, other_one in zip(mine, theirs, strict=True):
+            assert torch.equal(one, other_one)

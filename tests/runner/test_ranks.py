@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers.models import write_random_qwen2, write_random_qwen3
-from tests.helpers.ranks import Job, logits_on_ranks
+from tests.helpers.ranks import Job, results_on_ranks
 from tests.helpers.steps import chunk, plan, table
 from worker.engine.plan import StepPlan
 from worker.runner import TorchRunner
@@ -72,7 +72,7 @@ def test_random_shapes_give_the_logits_of_one_rank(tmp_path: Path, world: int) -
         jobs.append(Job(folder, plans, num_blocks=32))
 
     draw()
-    for job, got in zip(jobs, logits_on_ranks(world, jobs, tmp_path / "scratch"), strict=True):
+    for job, got in zip(jobs, results_on_ranks(world, jobs, tmp_path / "scratch"), strict=True):
         alone = TorchRunner(job.folder, num_blocks=job.num_blocks)
         for step, logits in zip(job.plans, got, strict=True):
             assert (logits - alone.forward_logits(step)).abs().max() <= TOLERANCE
@@ -106,7 +106,7 @@ def test_rows_do_not_depend_on_their_batch(tmp_path: Path, dtype: str) -> None:
             plans, firsts = plans[:40], firsts[:40]
         jobs.append(Job(folder, plans, dtype))
         begins.append(firsts)
-    (expected,), *others = logits_on_ranks(2, jobs, tmp_path / "scratch")
+    (expected,), *others = results_on_ranks(2, jobs, tmp_path / "scratch")
     for job, firsts, got in zip(jobs[1:], begins, others, strict=True):
         rows: list[Tensor] = []
         for step, first, logits in zip(job.plans, firsts, got, strict=True):

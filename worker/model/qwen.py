@@ -50,6 +50,17 @@ class Buffers:
 
 
 @dataclass(frozen=True, slots=True)
+class LastRows:
+    """Those of a step's rows that the last layer is to have results for. The others' keys and values are all that it
+    computes of them: nothing reads their hidden states."""
+
+    rows: Tensor
+    """int64 [R], at least one, rising."""
+    attention: AttentionPlan
+    """Of these rows alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """What all layers of a step share."""
 
@@ -60,6 +71,8 @@ class StepInputs:
     """int64 [tokens]: where each real row's key and value go."""
     attention: AttentionPlan
     buffers: Buffers
+    last: LastRows | None = None
+    """Where hidden states of few rows are asked for; None asks for all."""
 
 
 class Attention(Module):
@@ -83,8 +96,8 @@ class Attention(Module):
         self.query_size = size * shard.local(query_heads, "num_attention_heads")
         self.qkv_size = self.query_size + 2 * size * shard.local(kv_heads, "num_key_value_heads")
 
-    def __call__(self, x: Tensor, step: StepInputs, cache: KVCache) -> Tensor:
-        rows, take = x.shape[0], step.buffers.take
+    def __call__(self, x: Tensor, step: StepInputs, cache: KVCache, last: LastRows | None = None) -> Tensor:
+        rows, take, attention = x.shape[0], step.buffers.take, step.attention
         queries = self.kernels.rope_and_cache(
             self.qkv_proj(x, take("qkv", rows, self.qkv_size)),
             step.cos,
@@ -96,8 +109,10 @@ class Attention(Module):
             self.eps,
             take("queries", rows, self.query_size),
         )
+        if last is not None:
+            queries, attention, rows = queries[last.rows], last.attention, len(last.rows)
         attended = self.kernels.paged_attention(
-            queries, cache, step.attention, self.window, take("attended", rows, self.query_size)
+            queries, cache, attention, self.window, take("attended", rows, self.query_size)
         )
         return self.o_proj(attended, take("hidden", rows, x.shape[1]))
 
@@ -126,10 +141,15 @@ class DecoderLayer(Module):
         self.post_attention_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, kernels, group)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache, last: LastRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of `last` alone, if given."""
         fresh = step.buffers.take("normed", *x.shape) if residual is None else None
         x, residual = self.input_layernorm(x, residual, fresh)
-        x = self.self_attn(x, step, cache)
+        x = self.self_attn(x, step, cache, last)
+        if last is not None:
+            residual = residual[last.rows]
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x, step), residual
 
@@ -157,12 +177,12 @@ class Model(Module):
         else:
             shape = (2, rows, self.hidden_size)
             x, residual = self.group.take_over(torch.empty(shape, dtype=buffers.dtype, device=buffers.device))
-        for layer, cache in zip(self.layers, caches, strict=True):
+        *before, final = self.layers
+        for layer, cache in zip(before, caches, strict=False):
             x, residual = layer(x, residual, step, cache)
+        x, residual = final(x, residual, step, caches[-1], None if self.norm is None else step.last)
         if self.norm is not None:
             return self.norm(x, residual)[0]
-        if residual is None:
-            raise RuntimeError("a stage has no layer")
         self.group.hand_on(torch.stack((x, residual)))
         return None
 
@@ -177,7 +197,8 @@ class CausalLM(Module):
         self.lm_head = Head(kernels, group, config.vocab_size, config.hidden_size) if group.last_stage else None
 
     def __call__(self, ids: Tensor, step: StepInputs, caches: Sequence[KVCache]) -> Tensor | None:
-        """int64 ids [T] to hidden states [T, H]; writes the rows' keys and values to `caches`, one a layer.
+        """int64 ids [T] to hidden states [T, H], or [R, H] of the step's `last`; writes the rows' keys and values to
+        `caches`, one a layer.
 
         In a pipeline: takes over what the stage before has of these rows, and hands on what there is to hand on. The
         result is None in all stages but the last.

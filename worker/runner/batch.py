@@ -22,9 +22,16 @@ class StepArrays:
     """[tokens]"""
     slots: npt.NDArray[np.int64]
     """[tokens]: block * block_size + offset of each token's key and value."""
+    hidden_rows: npt.NDArray[np.int64]
+    """[R], rising: the rows whose hidden states are asked for."""
     draw_rows: npt.NDArray[np.int64]
-    """[draws]: the row whose logits each draw is from."""
+    """[draws]: which of these R each draw is from."""
     ragged: RaggedBatch
+
+    @property
+    def last_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that the last layer is to have results for: `hidden_rows`, or, as it takes one, the last row."""
+        return self.hidden_rows if len(self.hidden_rows) else np.array([len(self.ids) - 1])
 
     def part(self, first: int, stop: int) -> StepArrays:
         """Rows `first` to `stop`, without draws: a step by itself, for which those before them must have been
@@ -34,10 +41,12 @@ class StepArrays:
         begins = ends - ragged.lengths
         held = np.flatnonzero((ends > first) & (begins < stop))
         skipped = np.maximum(first - begins[held], 0)
+        asked = self.hidden_rows[(self.hidden_rows >= first) & (self.hidden_rows < stop)]
         return StepArrays(
             self.ids[first:stop],
             self.positions[first:stop],
             self.slots[first:stop],
+            asked - first,
             np.empty(0, np.int64),
             RaggedBatch(
                 ragged.starts[held] + skipped,
@@ -50,8 +59,7 @@ class StepArrays:
 
 
 PART_ROWS = 128
-"""Of the least part of a step that is worth computing by itself: weights are read for each. More than a runner's
-buffers hold, so that a part's hidden states lie in memory of their own."""
+"""Of the least part of a step that is worth computing by itself: weights are read for each."""
 PARTS_PER_STAGE = 2
 """More of them leave stages less time without work, and cost more."""
 
@@ -68,8 +76,26 @@ def pipeline_parts(step: StepArrays, stages: int) -> Iterator[StepArrays]:
         yield step.part(rows * index // count, rows * (index + 1) // count)
 
 
-def build_step(plan: StepPlan, *, num_blocks: int, block_size: int, max_positions: int, vocab_size: int) -> StepArrays:
-    """Raises ValueError for a plan that would read or write outside its blocks: an engine's bug."""
+def only_rows(ragged: RaggedBatch, rows: npt.NDArray[np.int64]) -> RaggedBatch:
+    """The batch without its other rows; `rows` rise. Neighbours of one chunk stay one."""
+    ends = np.cumsum(ragged.lengths)
+    chunks = np.searchsorted(ends, rows, side="right")
+    begins = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(chunks, prepend=-1) != 0))
+    held = chunks[begins]
+    return RaggedBatch(
+        ragged.starts[held] + rows[begins] - (ends - ragged.lengths)[held],
+        np.diff(begins, append=len(rows)),
+        [ragged.block_tables[index] for index in held.tolist()],
+        ragged.num_blocks,
+        ragged.block_size,
+    )
+
+
+def build_step(
+    plan: StepPlan, *, num_blocks: int, block_size: int, max_positions: int, vocab_size: int, every: bool = False
+) -> StepArrays:
+    """Asks for the hidden states that the plan's draws and scores are from, or for `every` row's. Raises ValueError for
+    a plan that would read or write outside its blocks: an engine's bug."""
     chunks = plan.chunks
     lengths = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int64, len(chunks))
     starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
@@ -93,11 +119,19 @@ def build_step(plan: StepPlan, *, num_blocks: int, block_size: int, max_position
         raise ValueError(f"a block table names a block outside the cache's {num_blocks}")
     block_of = blocks[np.repeat(first_block, lengths) + positions // block_size]
     slots = block_of * block_size + positions % block_size
+    draw_rows = _draw_rows(chunks, last_rows)
+    if every or len(chunks) == len(ids):
+        hidden_rows = np.arange(len(ids))
+    else:
+        first_rows = (last_rows + 1 - lengths).tolist()
+        scored = [np.arange(first, first + len(c.scored)) for first, c in zip(first_rows, chunks, strict=True)]
+        hidden_rows = np.unique(np.concatenate((draw_rows, *scored)))
     return StepArrays(
         ids,
         positions,
         slots,
-        _draw_rows(chunks, last_rows),
+        hidden_rows,
+        np.searchsorted(hidden_rows, draw_rows),
         RaggedBatch(starts, lengths, tables, num_blocks, block_size),
     )
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,9 +25,7 @@ from worker.engine.plan import Chunk, Draw, Drawn, SamplingParams, StepPlan
 from worker.kernels.cuda import CudaKernels
 from worker.kernels.cuda.attention import CudaPlan, padded_tables
 from worker.kernels.cuda.staging import Download
-from worker.model.qwen import StepInputs
 from worker.parallel import Group
-from worker.runner.batch import StepArrays
 from worker.runner.drawing import Drawing, draw_all
 from worker.runner.graphs import DecodeBuffers, DecodeGraphs, DecodeRows, ladder
 from worker.runner.memory import blocks_that_fit
@@ -185,22 +184,16 @@ class CudaRunner(TorchRunner):
         step, count = self._build(StepPlan(chunks)), len(chunks)
         if self._graphs is not None and all(map(is_decode, chunks)) and self._graphs.rung(count) is not None:
             rows = DecodeRows(step.positions, step.slots, padded_tables(step.ragged.block_tables))
-            (ids,) = self._cuda.staging.upload(step.ids)
+            (ids,) = self._upload(step.ids)
             return self._graphs.run(rows, ids, self._cuda.staging)
         hidden = self._hidden(step)
         if hidden is None or not len(step.draw_rows):
             return None
-        (indexes,) = self._cuda.staging.upload(step.draw_rows)
+        (indexes,) = self._upload(step.draw_rows)
         return self._logits(hidden[indexes])
 
-    def _forward_rows(self, step: StepArrays) -> Tensor | None:
-        ids, positions, slots = self._cuda.staging.upload(step.ids, step.positions, step.slots)
-        plan = self._cuda.plan_attention(step.ragged, self._kv_heads, self._windows)
-        return self._run(ids, positions, slots, plan)
-
-    def _run(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: CudaPlan) -> Tensor | None:
-        inputs = StepInputs(self._cos[positions], self._sin[positions], slots, attention, self._buffers)
-        return self._model(ids, inputs, self.caches)
+    def _upload(self, *arrays: npt.NDArray[np.int64]) -> list[Tensor]:
+        return self._cuda.staging.upload(*arrays)
 
     def _logits(self, rows: Tensor) -> Tensor | None:
         """In memory of their own: those of a step that was begun ahead may still be wanted."""
@@ -212,7 +205,7 @@ class CudaRunner(TorchRunner):
         buffers = DecodeBuffers(rungs[-1], blocks, self.block_size, self.num_blocks, self.kernels.device)
 
         def forward(ids: Tensor, positions: Tensor, slots: Tensor, plan: CudaPlan) -> Tensor | None:
-            hidden = self._run(ids, positions, slots, plan)
+            hidden = self._compute(ids, self._cos[positions], self._sin[positions], slots, plan)
             self._group.settle()  # what is sent in a graph is waited for in it
             return None if hidden is None else self._logits(hidden)
 
@@ -253,7 +246,7 @@ class CudaRunner(TorchRunner):
         gpu.reset_peak()
         chunks = [Chunk([0] * length, 0, range(index * per_chunk, (index + 1) * per_chunk)) for index in range(count)]
         with torch.inference_mode():
-            hidden = self._hidden(self._build(StepPlan(chunks)))
+            hidden = self._hidden(self._build(StepPlan(chunks), every=True))
             logits = None
             if hidden is not None:
                 rows = torch.arange(settings.max_running, device=hidden.device) % hidden.shape[0]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import ClassVar, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from worker.engine.plan import Drawn, StepPlan
-from worker.kernels import AttentionPlan, Kernels, KVCache, PreparedLinear, choose_kernels
+from worker.kernels import AttentionPlan, Kernels, KVCache, PreparedLinear, RaggedBatch, choose_kernels
 from worker.kernels.cpu import CpuKernels
 from worker.kernels.cpu.memory import zeros
 from worker.model import (
@@ -28,10 +29,10 @@ from worker.model import (
 from worker.model.config import DTYPES
 from worker.model.layers import Matrix
 from worker.model.module import Module
-from worker.model.qwen import Buffers, StepInputs
+from worker.model.qwen import Buffers, LastRows, StepInputs
 from worker.model.rope import rotation_table
 from worker.parallel import Group
-from worker.runner.batch import StepArrays, build_step, pipeline_parts
+from worker.runner.batch import StepArrays, build_step, only_rows, pipeline_parts
 from worker.runner.drawing import draw_all, score_all
 from worker.runner.replay import Replay
 
@@ -222,13 +223,18 @@ class TorchRunner:
 
     def operations(self, start: int, stop: int, *, draws: int) -> int:
         """Multiplications and additions of computing a sequence's positions `start` to `stop` and drawing from the last
-        one, all ranks together."""
+        one, all ranks together. The last layer computes no more of the others than queries, keys and values."""
         config = self.config
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        layer = config.hidden_size * (2 * query + 2 * kv + 3 * config.intermediate_size)
+        before, behind = (
+            config.hidden_size * (query + 2 * kv),
+            config.hidden_size * (query + 3 * config.intermediate_size),
+        )
         attended = (stop * (stop + 1) - start * (start + 1)) // 2
+        layer = (stop - start) * (before + behind) + 2 * query * attended
+        last = (stop - start) * before + behind + 2 * query * stop
         head = draws * config.hidden_size * config.vocab_size
-        return 2 * (config.num_layers * ((stop - start) * layer + 2 * query * attended) + head)
+        return 2 * ((config.num_layers - 1) * layer + last + head)
 
     def execute(self, plan: StepPlan) -> list[list[Drawn]]:
         """See `worker.engine.plan.ModelRunner.execute`. Rank 0 alone draws: on others every entry is empty."""
@@ -239,10 +245,10 @@ class TorchRunner:
             hidden = self._hidden(step)
             if hidden is None:
                 return [[] for _ in plan.chunks]
-            scored = self._score(hidden, plan)
+            scored = self._score(hidden, step, plan)
             if not draws:
                 return scored
-            every = np.array_equal(step.draw_rows, np.arange(len(step.ids)))
+            every = np.array_equal(step.draw_rows, np.arange(len(hidden)))
             logits = self._logits(hidden if every else hidden[torch.from_numpy(step.draw_rows)])
             if logits is None:
                 return scored
@@ -251,17 +257,18 @@ class TorchRunner:
             [*scores, *(next(drawn) for _ in chunk.draws)] for scores, chunk in zip(scored, plan.chunks, strict=True)
         ]
 
-    def _score(self, hidden: Tensor, plan: StepPlan) -> list[list[Drawn]]:
+    def _score(self, hidden: Tensor, step: StepArrays, plan: StepPlan) -> list[list[Drawn]]:
         """Each chunk's scored ids; no entries but on rank 0 of the last stage."""
         scored: list[list[Drawn]] = [[] for _ in plan.chunks]
-        first = 0
+        first_row = 0
         for chunk, scores in zip(plan.chunks, scored, strict=True):
+            first = int(np.searchsorted(step.hidden_rows, first_row)) if chunk.scored else 0
             for begin in range(0, len(chunk.scored), SCORED_ROWS):
                 ids = chunk.scored[begin : begin + SCORED_ROWS]
                 logits = self._logits(hidden[first + begin : first + begin + len(ids)])
                 if logits is not None:
                     scores += score_all(self.kernels, logits, ids, chunk.scored_top)
-            first += len(chunk.token_ids)
+            first_row += len(chunk.token_ids)
         return scored
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -274,36 +281,62 @@ class TorchRunner:
         """Runs the step and returns the logits of all its tokens, float32 [plan.num_tokens, vocab]: those that predict
         the token after each. Takes num_tokens * vocab * 4 bytes. Ranks other than 0 get no rows."""
         with torch.inference_mode():
-            hidden = self._hidden(self._build(plan))
+            hidden = self._hidden(self._build(plan, every=True))
             logits = None if hidden is None else self._model.compute_logits(hidden)
         return torch.empty(0, self.config.vocab_size) if logits is None else logits
 
-    def _build(self, plan: StepPlan) -> StepArrays:
+    def _build(self, plan: StepPlan, *, every: bool = False) -> StepArrays:
         return build_step(
             plan,
             num_blocks=self._num_blocks,
             block_size=self._block_size,
             max_positions=self._max_positions,
             vocab_size=self.config.vocab_size,
+            every=every,
         )
 
     def _hidden(self, step: StepArrays) -> Tensor | None:
-        """A step's hidden states [tokens, H]; None in all stages but the last."""
+        """The hidden states that a step asks for, [R, H]; None in all stages but the last."""
         replayed = None if self._replay is None else self._replay.run(step, self._compute)
         if replayed is not None:
-            return replayed
-        parts = [self._forward_rows(part) for part in pipeline_parts(step, self._group.stages)]
+            return replayed if len(step.hidden_rows) == len(replayed) else replayed[torch.from_numpy(step.hidden_rows)]
+        parts = list(pipeline_parts(step, self._group.stages))
+        hidden = []
+        for part in parts:
+            rows = self._forward_rows(part)
+            if rows is not None:
+                # Few rows lie where the next part's will.
+                hidden.append(rows.clone() if len(parts) > 1 else rows)
         self._group.settle()
-        hidden = [part for part in parts if part is not None]
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0] if hidden else None
 
     def _forward_rows(self, step: StepArrays) -> Tensor | None:
-        ids, positions, slots = (torch.from_numpy(array) for array in (step.ids, step.positions, step.slots))
-        attention = self.kernels.plan_attention(step.ragged, self._kv_heads, self._windows)
-        return self._compute(ids, self._cos[positions], self._sin[positions], slots, attention)
+        """The hidden states that a step, or a part of one, asks for."""
+        last_rows = step.last_rows
+        ids, positions, slots, rows = self._upload(step.ids, step.positions, step.slots, last_rows)
+        attention, last = self._plan_attention(step.ragged), None
+        if len(last_rows) < len(step.ids):
+            last = LastRows(rows, self._plan_attention(only_rows(step.ragged, last_rows)))
+        hidden = self._compute(ids, self._cos[positions], self._sin[positions], slots, attention, last)
+        return None if hidden is None else hidden[: len(step.hidden_rows)]
 
-    def _compute(self, ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: AttentionPlan) -> Tensor | None:
-        return self._model(ids, StepInputs(cos, sin, slots, attention, self._buffers), self.caches)
+    def _upload(self, *arrays: npt.NDArray[np.int64]) -> list[Tensor]:
+        """To the kernels' device."""
+        return [torch.from_numpy(array) for array in arrays]
+
+    def _plan_attention(self, ragged: RaggedBatch) -> AttentionPlan:
+        return self.kernels.plan_attention(ragged, self._kv_heads, self._windows)
+
+    def _compute(
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        attention: AttentionPlan,
+        last: LastRows | None = None,
+    ) -> Tensor | None:
+        return self._model(ids, StepInputs(cos, sin, slots, attention, self._buffers, last), self.caches)
 
     def _logits(self, rows: Tensor) -> Tensor | None:
         """Where rows are few, in memory that the next call writes to."""
