@@ -110,8 +110,11 @@ def _choose(config: WorkerConfig, model: ModelConfig, group: Group) -> ChosenKer
         chosen = choose_kernels(config.backend, config.isa, head_dim=model.head_dim, threads=threads, cuda=options)
     except NativeError as error:
         raise ConfigError(f"--{'backend' if config.isa == 'auto' else 'isa'}: {error}") from error
-    if options.kv_dtype == torch.float8_e4m3fn and chosen.kernels.name != "cuda":
+    on_gpu = chosen.kernels.name == "cuda"
+    if options.kv_dtype == torch.float8_e4m3fn and not on_gpu:
         raise ConfigError(f"--kv-dtype: fp8 is for the cuda kernels; the {chosen.kernels.name} kernels have int8")
+    if options.kv_dtype == torch.int16 and on_gpu:
+        raise ConfigError("--kv-dtype: int16 is for the cpu and reference kernels; the cuda kernels have bfloat16")
     torch.set_num_threads(threads)
     log.info(
         "backend %s, instruction set %s (%s), torch %s",
@@ -129,7 +132,7 @@ def _runner(
     from worker.kernels.cuda import CudaKernels
     from worker.runner.cuda import CudaRunner, CudaSettings
 
-    kv_dtype = resolve_kv_dtype(model, config.kv_dtype, config.dtype)
+    kv_dtype = resolve_kv_dtype(model, config.kv_dtype, config.dtype, kernels)
     block_size = config.block_size or kernels.default_block_size
     block_bytes = block_size * group.world * kv_bytes_per_position(model, kv_dtype, group.world)
     on_gpu = isinstance(kernels, CudaKernels)

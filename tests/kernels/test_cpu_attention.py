@@ -16,11 +16,12 @@ from torch import Tensor
 from tests.helpers.native_modules import each_isa, module
 from worker.kernels import KVCache, RaggedBatch, ReferenceKernels
 from worker.kernels.cpu.attention import paged_attention, plan_attention
+from worker.kernels.interface import GREATEST_CODES
 from worker.kernels.reference.rope import encode
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int16]
 FIXED_POINT = ("avx512_amx", "avx512_vnni", "avx2")
-"""Where queries and weights meet codes of 8 bits in fixed point."""
+"""Where queries and weights meet codes in fixed point."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Case:
         num_blocks = int(needs.sum()) + 3
         tables = np.split(torch.randperm(num_blocks, generator=generator).numpy()[:-3], np.cumsum(needs)[:-1])
         shape = (kv_heads, num_blocks, block_size, head_dim)
-        coded = dtype == torch.int8
+        coded = not dtype.is_floating_point
         pools = [torch.full(shape, 99 if coded else torch.nan, dtype=dtype) for _ in range(2)]
         scales = torch.full(shape[:3], torch.nan), torch.full(shape[:3], torch.nan)
         cache = KVCache(*pools, scales=scales if coded else None)
@@ -70,7 +71,7 @@ class Case:
             positions = torch.arange(pair[0].shape[1])
             slots = torch.from_numpy(table)[positions // block_size] * block_size + positions % block_size
             for pool, scale, own in zip(pools, scales, pair, strict=True):
-                stored, steps = encode(own) if coded else (own.to(dtype), torch.ones(own.shape[:2]))
+                stored, steps = encode(own, dtype) if coded else (own.to(dtype), torch.ones(own.shape[:2]))
                 pool.view(kv_heads, -1, head_dim)[:, slots] = stored
                 scale.view(kv_heads, -1)[:, slots] = steps
                 meant.append(stored.double() * steps[..., None])
@@ -143,8 +144,8 @@ def test_against_plain_softmax(
         sequences, kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed
     )
     got = case.attend(module(isa), window)
-    # Where codes are multiplied in fixed point, queries and weights have 15 bits.
-    bound = 5e-4 if isa in FIXED_POINT and dtype == torch.int8 else 5e-6
+    # Where codes are multiplied in fixed point, queries and weights have up to 15 bits.
+    bound = 5e-4 if isa in FIXED_POINT and not dtype.is_floating_point else 5e-6
     assert (got.double() - case.wanted(window)).abs().max() <= bound
     assert torch.equal(case.attend_in_chunks(module(isa), window, 1000), got)
 
@@ -187,7 +188,7 @@ def test_a_long_decode_is_shared_out_and_keeps_its_bits(isa: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.int16])
 def test_agrees_with_the_reference_at_large_scores(isa: str, dtype: torch.dtype) -> None:
     case = Case.make([(0, 40), (300, 1)], kv_heads=2, group=2, head_dim=64, block_size=16, dtype=dtype)
     case.queries.mul_(40.0)
@@ -195,8 +196,34 @@ def test_agrees_with_the_reference_at_large_scores(isa: str, dtype: torch.dtype)
     reference = ReferenceKernels()
     wanted = reference.paged_attention(case.queries, case.cache, reference.plan_attention(batch, 2, [None]), None)
     # Scores of hundreds: a 15-bit query moves a weight by a few hundredths, a fiftieth of what 8-bit keys did before.
-    bound = 1e-2 if isa in FIXED_POINT and dtype == torch.int8 else 5e-5
+    bound = 1e-2 if isa in FIXED_POINT and not dtype.is_floating_point else 5e-5
     torch.testing.assert_close(case.attend(module(isa), None), wanted, rtol=2e-4, atol=bound)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize("head_dim", [16, 128, 1024])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_greatest_sums_of_codes(isa: str, dtype: torch.dtype, head_dim: int, sign: float) -> None:
+    """Everything is as large as it can be, in 256 keys of one weight: integers hold the sums."""
+    case = Case.make([(0, 300)], kv_heads=1, group=2, head_dim=head_dim, block_size=16, dtype=dtype)
+    for pool, scale in zip((case.cache.keys, case.cache.values), case.cache.scales or (), strict=True):
+        pool.fill_(int(sign * GREATEST_CODES[dtype]))
+        scale.fill_(1.0 / GREATEST_CODES[dtype])
+    case.queries.fill_(1.0)
+    got = case.attend(module(isa), None)
+    torch.testing.assert_close(got, torch.full_like(got, sign), rtol=5e-4, atol=0.0)
+
+
+@each_isa
+def test_16_bits_keep_more_than_bfloat16(isa: str) -> None:
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.int16):
+        case = Case.make([(0, 300), (900, 1)], kv_heads=2, group=2, head_dim=128, block_size=16, dtype=dtype)
+        if dtype == torch.float32:
+            wanted = case.wanted(None)
+        errors[dtype] = float((case.attend(module(isa), None) - wanted).square().mean().sqrt())
+    assert errors[torch.int16] < errors[torch.bfloat16] / 4
 
 
 @each_isa

@@ -94,8 +94,16 @@ def test_values_are_rounded_as_torch_rounds_them(isa: str, dtype: torch.dtype) -
 
 @each_isa
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([16, 64, 80, 128]), st.integers(1, 3), st.integers(1, 20), st.integers(-30, 30))
-def test_a_cache_of_codes_is_the_reference_s(isa: str, head_dim: int, kv_heads: int, tokens: int, power: int) -> None:
+@given(
+    st.sampled_from([16, 64, 80, 128]),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(-30, 30),
+    st.sampled_from([torch.int8, torch.int16]),
+)
+def test_a_cache_of_codes_is_the_reference_s(
+    isa: str, head_dim: int, kv_heads: int, tokens: int, power: int, dtype: torch.dtype
+) -> None:
     qkv = torch.randn(tokens, 3 * kv_heads * head_dim) * 2.0**power
     qkv[0, -head_dim:] = 0.0
     qkv[-1, -head_dim] = torch.inf
@@ -103,7 +111,7 @@ def test_a_cache_of_codes_is_the_reference_s(isa: str, head_dim: int, kv_heads: 
     shape = (kv_heads, 4, 16, head_dim)
     caches = []
     for kernels in (REFERENCE.rope_and_cache, partial(rope_and_cache, module(isa))):
-        pools = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.int8)
+        pools = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         caches.append(KVCache(*pools, scales=(torch.zeros(shape[:3]), torch.zeros(shape[:3]))))
         kernels(qkv, angles.cos(), angles.sin(), caches[-1], slots, None, None, 1e-6)
     (_, *wanted), (_, *got) = ((cache.keys, cache.values, *(cache.scales or ())) for cache in caches)

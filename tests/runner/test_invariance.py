@@ -56,6 +56,8 @@ class Case:
         "cpu-qwen2-float32",
         "cpu-qwen2-float16",
         "cpu-qwen3-kv8",
+        "cpu-qwen3-kv16",
+        "cpu-qwen3-kvbf16",
         "reference-qwen3-bfloat16",
         "reference-qwen2-float32",
         "reference-qwen2-kv8",
@@ -63,8 +65,9 @@ class Case:
 )
 def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Case:
     backend, model, kind = request.param.split("-")
-    if kind == "kv8":
-        return Case(folders[model], backend, "bfloat16", kv_dtype="int8")
+    if kind.startswith("kv"):
+        kv_dtype = {"kv8": "int8", "kv16": "int16", "kvbf16": "bfloat16"}[kind]
+        return Case(folders[model], backend, "bfloat16", kv_dtype=kv_dtype)
     if kind in QUANTIZED_FORMATS:
         return Case(folders[model], backend, "bfloat16", kind)
     return Case(folders[model], backend, kind)

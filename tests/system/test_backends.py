@@ -54,11 +54,13 @@ def test_quantized_models_are_served(tmp_path: Path) -> None:
     assert len(set(numerics)) == 3
 
 
-def test_keys_and_values_as_int8(tmp_path: Path) -> None:
-    """Nearly twice the blocks in the same memory, near the same log-probabilities, and nobody else's numerics."""
+def test_keys_and_values_as_codes(tmp_path: Path) -> None:
+    """Of 16 bits by default where they are multiplied in fixed point; of 8 bits nearly twice the blocks in the same
+    memory. Near the same log-probabilities, and nobody else's numerics."""
+    coded = native.load()[1].fixed_point
     model = write_tiny_model(tmp_path / "tiny", dtype="bfloat16")
     told, answers, blocks = [], [], []
-    for kind in ("auto", "int8"):
+    for kind in ("auto", "bfloat16", "int8"):
         with (
             running_stack(model, "tiny", worker_flags=(*SMALL, "--kv-dtype", kind)) as stack,
             stack.client() as client,
@@ -71,12 +73,16 @@ def test_keys_and_values_as_int8(tmp_path: Path) -> None:
             assert runs[0].token_ids == runs[1].token_ids
             assert runs[1].finished is not None and runs[1].finished.usage.cached_tokens == 39
             answers.append(runs[0].choices[0].logprobs[0].drawn.logprob)
+            (loaded,) = [line for line in stack.lines if " loaded tiny in " in line]
+            assert f"KV torch.{'int16' if coded and kind == 'auto' else kind.replace('auto', 'bfloat16')}" in loaded
             (line,) = [line for line in stack.lines if "KV blocks of 16" in line]
             blocks.append(int(line.split(": ")[-1].split()[0]))
-    assert told[0].numerics_id != told[1].numerics_id
-    assert 1.8 < blocks[1] / blocks[0] < 2.0
-    assert answers[0] != answers[1]
-    assert abs(answers[0] - answers[1]) < 0.05
+    assert len({model.numerics_id for model in told}) == 2 + coded
+    assert blocks[0] == blocks[1] if not coded else 0.9 < blocks[0] / blocks[1] < 1.0
+    assert 1.8 < blocks[2] / blocks[1] < 2.0
+    assert answers[1] != answers[2]
+    assert abs(answers[0] - answers[1]) < 0.01
+    assert abs(answers[1] - answers[2]) < 0.05
 
 
 def test_calibrated_int4_is_served(tmp_path: Path) -> None:

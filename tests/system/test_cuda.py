@@ -3,6 +3,7 @@ Triton's interpreter, and the tokens of the reference. And what a machine withou
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,10 +76,11 @@ def serving(
         yield stack, client
 
 
-def refused(model: Path, *flags: str) -> str:
+def refused(model: Path, *flags: str, module: str = "worker") -> str:
     """What a worker says to wrong settings."""
-    argv = [sys.executable, "-m", "worker", "serve", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+    argv = [sys.executable, "-m", module, "serve", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
+    environ = {**os.environ, CAPABILITY: "8.0", "TRITON_INTERPRET": "1"}
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=100, env=environ)
     assert result.returncode == 2
     return result.stderr
 
@@ -110,6 +112,11 @@ def test_keys_and_values_in_fp8(model: Path, expected: list[list[int]]) -> None:
 def test_fp8_is_for_gpus(model: Path, backend: str) -> None:
     told = refused(model, "--backend", backend, "--kv-dtype", "fp8")
     assert "--kv-dtype: fp8 is for the cuda kernels; the " in told
+
+
+def test_codes_of_16_bits_are_not(model: Path) -> None:
+    told = refused(model, "--backend", "cuda", "--kv-dtype", "int16", module="tests.helpers.cuda_worker")
+    assert "--kv-dtype: int16 is for the cpu and reference kernels; the cuda kernels have bfloat16" in told
 
 
 def test_what_a_machine_without_a_gpu_is_told(model: Path) -> None:

@@ -43,14 +43,17 @@ class KVCache:
     keys: Tensor
     values: Tensor
     scales: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
-    """The keys' and the values', float32 [K, blocks, block size], where these are codes of 8 bits: a vector's largest
-    element has the greatest code, and an element is its code times its vector's scale. Caches of int8 and fp8 have
-    them."""
+    """The keys' and the values', float32 [K, blocks, block size], where these are codes: a vector's largest element has
+    the greatest code, and an element is its code times its vector's scale. Caches of int8, int16 and fp8 have them."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them; the second dimension is the block."""
         return (self.keys, self.values, *(self.scales or ()))
+
+
+GREATEST_CODES = {torch.int8: 127, torch.int16: 8191}
+"""Of caches of whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +215,10 @@ class Kernels(Protocol):
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What activations, norm weights and biases are kept in where weights are stored in `dtype`."""
+        ...
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What keys and values are best kept in, at no less precision, where weights are stored in `dtype`."""
         ...
 
     def packer(self, spec: WeightSpec) -> Packer: ...

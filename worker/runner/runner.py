@@ -36,7 +36,7 @@ from worker.runner.batch import StepArrays, build_step, only_rows, pipeline_part
 from worker.runner.drawing import draw_all, score_all
 from worker.runner.replay import Replay
 
-CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODES = {"int8": torch.int8, "int16": torch.int16, "fp8": torch.float8_e4m3fn}
 """What keys and values can be kept in with scales, by the settings' names."""
 
 SCORED_ROWS = 32
@@ -52,11 +52,15 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return resolved
 
 
-def resolve_kv_dtype(config: ModelConfig, kv_dtype: str, dtype: str) -> torch.dtype:
-    """What keys and values are kept in; "auto" is as `dtype`. Raises ModelError for an unknown name."""
+def resolve_kv_dtype(config: ModelConfig, kv_dtype: str, dtype: str, kernels: Kernels | None = None) -> torch.dtype:
+    """What keys and values are kept in; "auto" is what the kernels like best for `dtype`, without any itself. Raises
+    ModelError for an unknown name."""
     if kv_dtype in CODES:
         return CODES[kv_dtype]
-    return resolve_dtype(config, dtype if kv_dtype == "auto" else kv_dtype)
+    if kv_dtype != "auto":
+        return resolve_dtype(config, kv_dtype)
+    resolved = resolve_dtype(config, dtype)
+    return resolved if kernels is None else kernels.cache_dtype(resolved)
 
 
 def kv_bytes_per_position(config: ModelConfig, kv_dtype: torch.dtype, world: int = 1, layers: int | None = None) -> int:
@@ -118,7 +122,7 @@ class TorchRunner:
         if 256 % block_size:
             raise ValueError(f"need blocks of a size that divides 256: got {block_size}")
         self.dtype = resolve_dtype(self.config, dtype)
-        self.kv_dtype = resolve_kv_dtype(self.config, kv_dtype, dtype)
+        self.kv_dtype = resolve_kv_dtype(self.config, kv_dtype, dtype, self.kernels)
         self.quantization = resolve_quantization(self.config, quantize)
         self._num_blocks, self._block_size = 0, block_size
         self._group = group = group or Group()

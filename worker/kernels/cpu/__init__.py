@@ -56,6 +56,10 @@ class CpuKernels:
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Fixed point where products of that take less than floats'."""
+        return torch.int16 if self.native.fixed_point and dtype == torch.bfloat16 else dtype
+
     def packer(self, spec: WeightSpec) -> Packer:
         # One copy serves products and lookups.
         return linear.Packer(self.native, spec.out_features, spec.in_features, spec.quantized or _FLOATS[spec.dtype])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.kernels.interface import KVCache, RaggedBatch
 
-KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int16: 4}
 """The types a cache may have, by their number in native/attention_types.h."""
 
 MAX_HEAD_DIM = 1024
@@ -21,8 +21,8 @@ MAX_HEAD_DIM = 1024
 def cache_addresses(cache: KVCache) -> tuple[int, int, int, int, int]:
     """Of keys, values and their scales, 0 where they have none, and the number of their type. Raises ValueError."""
     keys, values, *scales = cache.tensors
-    if keys.dtype == torch.int8 and not scales:
-        raise ValueError("an int8 cache needs scales")
+    if not keys.dtype.is_floating_point and not scales:
+        raise ValueError("a cache of codes needs scales")
     key_scales, value_scales = (scale.data_ptr() for scale in scales) if scales else (0, 0)
     return keys.data_ptr(), values.data_ptr(), key_scales, value_scales, KV_TYPES[keys.dtype]
 

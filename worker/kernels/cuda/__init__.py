@@ -126,6 +126,9 @@ class CudaKernels:
         """What computes attention."""
         return self._ops.name if self._attention is None else self._attention.name
 
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 

@@ -38,6 +38,9 @@ class ReferenceKernels:
     def isa(self) -> str:
         return torch.backends.cpu.get_cpu_capability()
 
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 

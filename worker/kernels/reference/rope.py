@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from worker.kernels.interface import KVCache
+from worker.kernels.interface import GREATEST_CODES, KVCache
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -15,13 +15,13 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors as an int8 cache holds them: codes, and the scales [...] that make numbers of them. A vector with a
-    not-a-number or an infinity has a scale of not-a-number."""
-    rows = rows.to(torch.float32)
-    scales = rows.abs().amax(-1, keepdim=True) / 127.0
-    codes = torch.where(scales > 0, rows / scales, 0.0).round_().clamp_(-127.0, 127.0)
-    return codes.nan_to_num_(0.0).to(torch.int8), torch.where(scales.isinf(), torch.nan, scales).squeeze(-1)
+def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors as a cache of int8 or int16 holds them: codes, and the scales [...] that make numbers of them. A
+    vector with a not-a-number or an infinity has a scale of not-a-number."""
+    rows, greatest = rows.to(torch.float32), GREATEST_CODES[dtype]
+    scales = rows.abs().amax(-1, keepdim=True) / greatest
+    codes = torch.where(scales > 0, rows / scales, 0.0).round_().clamp_(-greatest, greatest)
+    return codes.nan_to_num_(0.0).to(dtype), torch.where(scales.isinf(), torch.nan, scales).squeeze(-1)
 
 
 def rope_and_cache(
@@ -48,7 +48,7 @@ def rope_and_cache(
     written = turned[:tokens, q_heads:], heads[:tokens, q_heads + kv_heads :]
     for index, (pool, rows) in enumerate(zip((cache.keys, cache.values), written, strict=True)):
         if cache.scales is not None:
-            rows, scales = encode(rows)
+            rows, scales = encode(rows, pool.dtype)
             cache.scales[index].view(kv_heads, num_blocks * block_size).index_copy_(1, slots, scales.t())
         pool.view(kv_heads, num_blocks * block_size, head_dim).index_copy_(
             1, slots, rows.transpose(0, 1).to(pool.dtype)

@@ -64,7 +64,7 @@ __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int l
     // Where nothing is read the peak is kNoScore itself, and weights are made 0 below.
     const float peak = max(peaks);
     f32v totals{};
-    [[maybe_unused]] f32v largest{};
+    [[maybe_unused]] f32v largest{}, sums{};
     for (int k = first; k < last; k += kLanes) {
         f32v weight = exp(load<f32v>(scores + k) - peak);
         if (k < from || k >= to) weight = read(k) ? weight : f32v{};
@@ -73,11 +73,13 @@ __attribute__((noinline)) Soft soften(float* scores, Span span, int first, int l
         if constexpr (kPaired<T>) {  // scales of values that nobody reads may be NaN, and a unit may hold such a one
             if (k < from || k >= to) weight = read(k) ? weight : f32v{};
             largest = max(weight, largest);
+            if (kSumsBound<T>) sums += weight;
         }
         store(scores + k, weight);
     }
     if constexpr (kPaired<T>)  // in place: what is written never passes what is read
-        unit = fix<false>(scores + first, last - first, max(largest), reinterpret_cast<int16_t*>(scores) + first);
+        unit = fix<false>(scores + first, last - first, size_of<T>(max(largest), sum(sums)),
+                          reinterpret_cast<int16_t*>(scores) + first);
     return {peak, sum(totals)};
 }
 
@@ -268,7 +270,7 @@ class Attention {
                 store(s.queries + row * dim_ + i, load<f32v>(from + i) * scale);
             for (const int64_t next = row + group_; row < next; ++row) {
                 s.softs[row] = {kNoScore, 0.0f};
-                if constexpr (kPaired<T>) s.query_units[row] = fix_query(s.queries, row);
+                if constexpr (kPaired<T>) s.query_units[row] = fix_query<T>(s.queries, row);
             }
         }
         std::memset(s.mixed, 0, size_t(rows * dim_) * sizeof(float));
@@ -410,14 +412,17 @@ class Attention {
     }
 
     // A row of queries to fixed point; rows come in order, and move together. Returns what a value of 1 stands for.
+    template <class T>
     float fix_query(float* queries, int64_t row) const {
-        f32v largest{};
+        f32v largest{}, sums{};
         const float* from = queries + row * dim_;
         for (int64_t i = 0; i < dim_; i += kLanes) {
-            const f32v x = load<f32v>(from + i);
-            largest = max(max(x, -x), largest);
+            const f32v x = load<f32v>(from + i), size = max(x, -x);
+            largest = max(size, largest);
+            sums += size;
         }
-        return fix<true>(from, dim_, max(largest), reinterpret_cast<int16_t*>(queries) + row * dim_);
+        return fix<sizeof(T) == 1>(from, dim_, size_of<T>(max(largest), sum(sums)),
+                                   reinterpret_cast<int16_t*>(queries) + row * dim_);
     }
 
     template <class T>

@@ -67,7 +67,7 @@ constexpr std::array<Multiply<T>, sizeof...(I)> multiplies(std::index_sequence<I
 
 // For M rows and N vectors: kMultiply<T>[(M - 1) * kVectors + N - 1].
 template <class T>
-constexpr auto kMultiply = multiplies<std::conditional_t<kPaired<T>, T, float>>(
+constexpr auto kMultiply = multiplies<std::conditional_t<kPaired<T>, int8_t, float>>(
     std::make_index_sequence<kRows * kVectors>());
 
 // Vectors that `mix` keeps for each of M rows.

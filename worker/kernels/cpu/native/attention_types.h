@@ -16,11 +16,14 @@ struct Half {
     uint16_t bits;
 };
 
-enum class KvType : int { kFloat32, kBfloat16, kFloat16, kInt8 };
+enum class KvType : int { kFloat32, kBfloat16, kFloat16, kInt8, kInt16 };
 
 // Whether an element is a code, to be multiplied by the scale of its vector.
 template <class T>
-constexpr bool kScaled = std::is_same_v<T, int8_t>;
+constexpr bool kScaled = std::is_integral_v<T>;
+// The greatest code: of 16 bits one that leaves queries and weights, whose products are summed in 32, as many.
+template <class T>
+constexpr int kMostCode = sizeof(T) == 1 ? 127 : 8191;
 
 // Whether queries and weights become fixed-point values, two to a unit, whose products with codes are summed exactly;
 // else they, and keys and values, are multiplied as floats, each a unit.
@@ -32,8 +35,12 @@ template <class T>
 using Units = std::conditional_t<kPaired<T>, i32v, f32v>;  // sums too
 template <class T>
 constexpr int kUnitSize = kPaired<T> ? 2 : 1;
-// The largest such value: with codes up to 127, sums of 1024 products (MAX_HEAD_DIM) stay below 2^31.
+// The largest such value. Its products with codes of 8 bits stay below 2^31 in sum, of 1024 (MAX_HEAD_DIM); where codes have
+// 16, values are so small that their sum is kMostSum at most, before each is rounded.
 constexpr int kMostFixed = 16383;
+template <class T>
+constexpr bool kSumsBound = sizeof(T) == 2;
+constexpr float kMostSum = float(INT32_MAX / kMostCode<int16_t> - 1024 / 2);
 
 // Calls f(T{}) with the type's element.
 template <class F>
@@ -43,6 +50,7 @@ QWIRE_INLINE void with_type(KvType type, F&& f) {
         case KvType::kBfloat16: return f(Bf16{});
         case KvType::kFloat16: return f(Half{});
         case KvType::kInt8: return f(int8_t{});
+        case KvType::kInt16: return f(int16_t{});
     }
 }
 
@@ -92,22 +100,29 @@ QWIRE_INLINE f32v widen(const int8_t* from) {
 #endif
 }
 
+QWIRE_INLINE f32v widen(const int16_t* from) {
+    return __builtin_convertvector((i32v)(widen_u16(load<u16v>(from)) << 16) >> 16, f32v);
+}
+
 QWIRE_INLINE void narrow(float* to, f32v x) { store(to, x); }
 QWIRE_INLINE void narrow(Bf16* to, f32v x) { store(to, narrow_bf16(x)); }
 QWIRE_INLINE void narrow(Half* to, f32v x) { store(to, narrow_half(x)); }
-// To the nearest whole number, ties to even; from -127 to 127.
-QWIRE_INLINE void narrow(int8_t* to, f32v x) {
+// To the nearest whole number, ties to even; within the greatest code.
+template <class Codes>
+QWIRE_INLINE Codes codes(f32v x) {
     const f32v magic = splat(12582912.0f);  // 1.5 * 2^23
-    store(to, __builtin_convertvector((i32v)(x + magic) - (i32v)magic, i8v));
+    return __builtin_convertvector((i32v)(x + magic) - (i32v)magic, Codes);
 }
+QWIRE_INLINE void narrow(int8_t* to, f32v x) { store(to, codes<i8v>(x)); }
+QWIRE_INLINE void narrow(int16_t* to, f32v x) { store(to, codes<s16v>(x)); }
 
 // A unit in every lane, and sums with a product of units added.
 QWIRE_INLINE f32v repeat(float x) { return splat(x); }
 QWIRE_INLINE i32v repeat(int32_t x) { return broadcast(x); }
 QWIRE_INLINE f32v add_products(f32v sum, f32v a, f32v b) { return fma(a, b, sum); }
 
-// Of codes in fixed point: codes at the same place of two rows as units, and four codes of each lane as two units, the first
-// and the third, the second and the fourth.
+// Of codes in fixed point: codes at the same place of two rows as units, and codes of each lane as units: four of 8 bits as two,
+// the first and the third, the second and the fourth; two of 16 bits as they are.
 #if defined(__AVX512VNNI__)
 QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) { return dot_halves(sum, a, b); }
 
@@ -115,6 +130,14 @@ QWIRE_INLINE i32v pair_up(const int8_t* first, const int8_t* second) {
     const __m128i a = load<__m128i>(first), b = load<__m128i>(second);
     const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
     return (i32v)_mm512_cvtepi8_epi16(pairs);
+}
+
+QWIRE_INLINE i32v pair_up(const int16_t* first, const int16_t* second) {
+    typedef int16_t Both __attribute__((vector_size(64)));
+    const Both order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load<__m256i>(first)), load<__m256i>(second), 1);
+    return (i32v)_mm512_permutexvar_epi16((__m512i)order, both);
 }
 
 QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
@@ -129,19 +152,35 @@ QWIRE_INLINE i32v pair_up(const int8_t* first, const int8_t* second) {
     return (i32v)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(half(first), half(second)));
 }
 
+QWIRE_INLINE i32v pair_up(const int16_t* first, const int16_t* second) {
+    const __m128i a = load<__m128i>(first), b = load<__m128i>(second);
+    return (i32v)_mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
+}
+
 QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
     parts[0] = (i32v)_mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8);
     parts[1] = (i32v)_mm256_srai_epi16((__m256i)x, 8);
 }
 #endif
 
+// The size of floats to be fixed: the largest, or their sum and what that may become, without signs.
+struct Size {
+    float size, fixed;
+};
+
+// `sum` counts where codes of type T bound it.
+template <class T>
+QWIRE_INLINE Size size_of(float largest, [[maybe_unused]] float sum) {
+    if (kSumsBound<T> && sum * kMostFixed > largest * kMostSum) return {sum, kMostSum};
+    return {largest, kMostFixed};
+}
+
 // `count` floats (a multiple of a vector's lanes) to fixed point, in the order that `unpack` gives to codes where
 // `spread`, and else as they come. Returns what a value of 1 stands for: 0 where all are below 1e-30, NaN where one isn't
 // finite.
 template <bool spread>
-QWIRE_INLINE float fix(const float* from, int64_t count, float largest, int16_t* to) {
-    typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
-    const f32v inverse = splat(largest < 1e-30f ? 0.0f : kMostFixed / largest), magic = splat(12582912.0f);
+QWIRE_INLINE float fix(const float* from, int64_t count, Size size, int16_t* to) {
+    const f32v inverse = splat(size.size < 1e-30f ? 0.0f : size.fixed / size.size), magic = splat(12582912.0f);
     f32v zeros{};
     for (int64_t i = 0; i < count; i += kLanes) {  // 12582912 is 1.5 * 2^23: adding it rounds to an integer
         const f32v x = load<f32v>(from + i);
@@ -155,7 +194,7 @@ QWIRE_INLINE float fix(const float* from, int64_t count, float largest, int16_t*
 #endif
         store(to + i, narrow);
     }
-    return (largest < 1e-30f ? 0.0f : largest / kMostFixed) + sum(zeros);
+    return (size.size < 1e-30f ? 0.0f : size.size / size.fixed) + sum(zeros);
 }
 
 // The neighbours packed in each lane, apart.
@@ -167,6 +206,11 @@ QWIRE_INLINE void unpack(u32v x, Bf16, f32v (&parts)[2]) {
 QWIRE_INLINE void unpack(u32v x, Half, f32v (&parts)[2]) {
     parts[0] = widen_half(__builtin_convertvector(x, u16v));
     parts[1] = widen_half(__builtin_convertvector(x >> 16, u16v));
+}
+QWIRE_INLINE void unpack(u32v x, int16_t, i32v (&parts)[1]) { parts[0] = (i32v)x; }
+QWIRE_INLINE void unpack(u32v x, int16_t, f32v (&parts)[2]) {
+    parts[0] = __builtin_convertvector((i32v)(x << 16) >> 16, f32v);
+    parts[1] = __builtin_convertvector((i32v)x >> 16, f32v);
 }
 QWIRE_INLINE void unpack(u32v x, int8_t, f32v (&parts)[4]) {
 #pragma GCC unroll 4

@@ -158,7 +158,6 @@ uint16_t fix(Format source, const char* from, int64_t size, int64_t count, int16
     const f32v inverse = splat(exponent ? __builtin_bit_cast(float, (254 - exponent) << 23) : 0.0f);
     for (int64_t i = 0; i < count / kLanes; ++i) {
         const f32v rounded = fma(wide[i], inverse, splat(12582912.0f));  // 1.5 * 2^23
-        typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
         store(values + i * kLanes, __builtin_convertvector((i32v)rounded - 0x4b400000, s16v));
     }
     return finite ? uint16_t(exponent << 7) : uint16_t(0x7fc0);

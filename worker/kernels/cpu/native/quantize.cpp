@@ -57,7 +57,6 @@ QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 #if defined(__AVX512VNNI__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
 #else
-    typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
     const s16v narrow = __builtin_convertvector(x, s16v);
 #if defined(__AVX512F__)
     store(to, __builtin_shuffle(narrow, s16v{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15}));
@@ -221,7 +220,6 @@ void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* val
         const int64_t height = tiles.size(tile), index = row - tiles.first(tile);
         int16_t* to = values + (tiles.first(tile) * chunks + first / kChunk * height + index) * kChunk;
         const auto put = [&](int64_t chunk, int i, i32v rounded) __attribute__((always_inline)) {
-            typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
             store(to + chunk * height * kChunk + i, __builtin_convertvector(rounded, s16v));
         };
         fix_row(from, count, scales + tiles.first(tile) * groups + first / kFixedGroup * height + index, height, put);

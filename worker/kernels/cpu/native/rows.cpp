@@ -122,12 +122,13 @@ QWIRE_INLINE void keep(const float* from, int64_t dim, void* pool, float* scales
             most = max(most, max(x, -x));
             poison = fma(x, f32v{}, poison);
         }
-        const float scale = max(most) / 127.0f + sum(poison);
+        constexpr float kMost = kMostCode<T>;
+        const float scale = max(most) / kMost + sum(poison);
         const f32v factor = splat(scale >= 0x1p-126f ? 1.0f / scale : 0.0f);  // a smaller one has no finite inverse
         scales[slot] = scale;
         for (int64_t d = 0; d < dim; d += kLanes) {
             const f32v code = load<f32v>(from + d) * factor;
-            narrow(to + d, max(splat(-127.0f), code < splat(127.0f) ? code : splat(127.0f)));
+            narrow(to + d, max(splat(-kMost), code < splat(kMost) ? code : splat(kMost)));
         }
     } else {
         for (int64_t d = 0; d < dim; d += kLanes) narrow(to + d, load<f32v>(from + d));

@@ -25,6 +25,7 @@ typedef float f32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
+typedef int16_t s16v __attribute__((vector_size(2 * kLanes)));
 typedef int8_t i8v __attribute__((vector_size(kLanes)));
 
 #define QWIRE_INLINE inline __attribute__((always_inline))
