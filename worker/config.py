@@ -52,8 +52,9 @@ class WorkerConfig:
     kv_dtype: str = setting(
         default="auto",
         help="What keys and values are kept in; auto is as dtype, but int16 in place of bfloat16 on cpu kernels that "
-        "multiply in fixed point (with VNNI, with AVX2). int8, int16 (not of the cuda kernels) and fp8 (e4m3, of "
-        "the cuda kernels) have a scale for each position and head; int8 and fp8 take about half of bfloat16's memory.",
+        "multiply in fixed point (with VNNI, with AVX2). int8, int16 (which the cuda kernels don't have) and fp8 "
+        "(e4m3, of the cuda kernels) have a scale for each position and head; int8 and fp8 take about half of "
+        "bfloat16's memory.",
         type=click.Choice(["auto", *DTYPES, "int8", "int16", "fp8"]),
     )
     kv_cache_mib: int = setting(

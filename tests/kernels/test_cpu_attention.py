@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -213,6 +214,14 @@ def test_the_greatest_sums_of_codes(isa: str, dtype: torch.dtype, head_dim: int,
     case.queries.fill_(1.0)
     got = case.attend(module(isa), None)
     torch.testing.assert_close(got, torch.full_like(got, sign), rtol=5e-4, atol=0.0)
+    # Scores of both signs, each as large as it can be: those of one sign get all the weight there is.
+    for chunk in range(0, 300, 16):
+        block = int(case.tables[0][chunk // 16])
+        for pool in (case.cache.keys, case.cache.values):
+            pool[:, block, 1::2] *= -1
+    got = case.attend(module(isa), None)[1::2]
+    weight = 1.0 / (1.0 + math.exp(-2.0 * head_dim**0.5))
+    torch.testing.assert_close(got, torch.full_like(got, 2.0 * weight - 1.0), rtol=1e-3, atol=0.0)
 
 
 @each_isa

@@ -122,7 +122,7 @@ def test_a_cache_of_codes_is_the_reference_s(
     # Products with 1 / scale and quotients differ in the last bit, so a tie may fall either way.
     differ = (got[0].int() - wanted[0].int())[finite].abs()
     assert differ.max() <= 1
-    assert differ.float().mean() < 1e-3
+    assert differ.float().mean() < (1e-3 if dtype == torch.int8 else 1e-2)
 
 
 def test_what_they_refuse() -> None:

@@ -115,6 +115,9 @@ def test_a_cache_of_eight_bits_holds_values_within_half_a_step(dtype: torch.dtyp
             qkv, cos, sin, KVCache(*(torch.zeros(shape, dtype=torch.int8),) * 2), slots, None, None, 1e-6, out
         )
     assert cache_format(cache)
+    codes = KVCache(*(torch.zeros(shape, dtype=torch.int16),) * 2, scales=cache.scales)
+    with pytest.raises(ValueError, match="int16 is for CPUs"):
+        kernels.rope_and_cache(qkv, cos, sin, codes, slots, None, None, 1e-6, out)
 
 
 def test_e4m3_without_scales_rounds_as_torch_does() -> None:

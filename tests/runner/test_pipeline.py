@@ -131,7 +131,7 @@ def test_rows_that_are_asked_for(chunks: list[tuple[int, int, int, int]]) -> Non
     assert step.hidden_rows[step.draw_rows].tolist() == drawn
     decodes = len(step.ids) == len(chunks)
     assert step.hidden_rows.tolist() == (list(range(len(step.ids))) if decodes else sorted({*drawn, *scored}))
-    rows = step.last_rows
+    rows = step.last_layer_rows
     only = only_rows(step.ragged, rows)
     every = where(step.ragged)
     assert where(only) == [every[row] for row in rows.tolist()]
@@ -173,7 +173,11 @@ def test_stages_give_the_bits_of_one(tmp_path: Path, world: int, stages: int) ->
         plan(chunk(long[401:], 401, blocks)),
         plan(chunk(long[: 2 * PART_ROWS], 0, blocks)),  # parts of the least size
         # Of a first part no hidden state is asked for.
-        plan(chunk(long[:400], 0, blocks), chunk(short, 0, other, draw), chunk(long[5:195], 0, third, draw)),
+        plan(
+            chunk(long[:400], 0, blocks),
+            Chunk(short, 0, other, (draw,), scored=[0] * 8),
+            Chunk(long[5:195], 0, third, (draw,), scored=[0] * 3),
+        ),
         plan(
             Chunk(long[:300], 0, blocks, (draw,), scored=[0] * 30),
             Chunk(short, 0, other, (draw,), scored=[0] * 8),

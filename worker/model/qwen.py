@@ -51,8 +51,8 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class LastRows:
-    """Those of a step's rows that the last layer is to have results for. The others' keys and values are all that it
-    computes of them: nothing reads their hidden states."""
+    """Those of a step's rows that the last layer is to have results for. Of the others it computes queries, keys and
+    values, and no more: nothing reads their hidden states."""
 
     rows: Tensor
     """int64 [R], at least one, rising."""
@@ -178,7 +178,7 @@ class Model(Module):
             shape = (2, rows, self.hidden_size)
             x, residual = self.group.take_over(torch.empty(shape, dtype=buffers.dtype, device=buffers.device))
         *before, final = self.layers
-        for layer, cache in zip(before, caches, strict=False):
+        for layer, cache in zip(before, caches[:-1], strict=True):
             x, residual = layer(x, residual, step, cache)
         x, residual = final(x, residual, step, caches[-1], None if self.norm is None else step.last)
         if self.norm is not None:

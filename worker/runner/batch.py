@@ -29,7 +29,7 @@ class StepArrays:
     ragged: RaggedBatch
 
     @property
-    def last_rows(self) -> npt.NDArray[np.int64]:
+    def last_layer_rows(self) -> npt.NDArray[np.int64]:
         """The rows that the last layer is to have results for: `hidden_rows`, or, as it takes one, the last row."""
         return self.hidden_rows if len(self.hidden_rows) else np.array([len(self.ids) - 1])
 
@@ -124,7 +124,7 @@ def build_step(
         hidden_rows = np.arange(len(ids))
     else:
         first_rows = (last_rows + 1 - lengths).tolist()
-        scored = [np.arange(first, first + len(c.scored)) for first, c in zip(first_rows, chunks, strict=True)]
+        scored = [np.arange(at, at + len(c.scored)) for at, c in zip(first_rows, chunks, strict=True) if c.scored]
         hidden_rows = np.unique(np.concatenate((draw_rows, *scored)))
     return StepArrays(
         ids,

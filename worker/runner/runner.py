@@ -53,8 +53,8 @@ def resolve_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
 
 
 def resolve_kv_dtype(config: ModelConfig, kv_dtype: str, dtype: str, kernels: Kernels | None = None) -> torch.dtype:
-    """What keys and values are kept in; "auto" is what the kernels like best for `dtype`, without any itself. Raises
-    ModelError for an unknown name."""
+    """What keys and values are kept in; "auto" is what the kernels like best for `dtype`, and where none are given
+    `dtype` itself. Raises ModelError for an unknown name."""
     if kv_dtype in CODES:
         return CODES[kv_dtype]
     if kv_dtype != "auto":
@@ -65,7 +65,7 @@ def resolve_kv_dtype(config: ModelConfig, kv_dtype: str, dtype: str, kernels: Ke
 
 def kv_bytes_per_position(config: ModelConfig, kv_dtype: torch.dtype, world: int = 1, layers: int | None = None) -> int:
     """Bytes of cache that a rank of `world` ranks takes over so many layers, all if None, keys and values and the
-    scales that go with codes of 8 bits (a head that several ranks hold is in each)."""
+    scales that go with codes (a head that several ranks hold is in each)."""
     heads = Shard(0, world).local(config.num_kv_heads, "num_key_value_heads")
     scale = torch.float32.itemsize if kv_dtype in CODES.values() else 0
     layers = config.num_layers if layers is None else layers
@@ -252,8 +252,8 @@ class TorchRunner:
             scored = self._score(hidden, step, plan)
             if not draws:
                 return scored
-            every = np.array_equal(step.draw_rows, np.arange(len(hidden)))
-            logits = self._logits(hidden if every else hidden[torch.from_numpy(step.draw_rows)])
+            whole = np.array_equal(step.draw_rows, np.arange(len(hidden)))
+            logits = self._logits(hidden if whole else hidden[torch.from_numpy(step.draw_rows)])
             if logits is None:
                 return scored
             drawn = iter(draw_all(self.kernels, logits, draws).read())
@@ -316,11 +316,11 @@ class TorchRunner:
 
     def _forward_rows(self, step: StepArrays) -> Tensor | None:
         """The hidden states that a step, or a part of one, asks for."""
-        last_rows = step.last_rows
-        ids, positions, slots, rows = self._upload(step.ids, step.positions, step.slots, last_rows)
+        ids, positions, slots = self._upload(step.ids, step.positions, step.slots)
         attention, last = self._plan_attention(step.ragged), None
-        if len(last_rows) < len(step.ids):
-            last = LastRows(rows, self._plan_attention(only_rows(step.ragged, last_rows)))
+        if self._group.last_stage and len(step.last_layer_rows) < len(step.ids):
+            (rows,) = self._upload(step.last_layer_rows)
+            last = LastRows(rows, self._plan_attention(only_rows(step.ragged, step.last_layer_rows)))
         hidden = self._compute(ids, self._cos[positions], self._sin[positions], slots, attention, last)
         return None if hidden is None else hidden[: len(step.hidden_rows)]
 

@@ -21,9 +21,10 @@ enum class KvType : int { kFloat32, kBfloat16, kFloat16, kInt8, kInt16 };
 // Whether an element is a code, to be multiplied by the scale of its vector.
 template <class T>
 constexpr bool kScaled = std::is_integral_v<T>;
-// The greatest code: of 16 bits one that leaves queries and weights, whose products are summed in 32, as many.
+// The greatest code: of 16 bits one that leaves room for queries and weights of 13 and more where products are summed in 32.
 template <class T>
 constexpr int kMostCode = sizeof(T) == 1 ? 127 : 8191;
+constexpr int64_t kMaxHeadDim = 1024;
 
 // Whether queries and weights become fixed-point values, two to a unit, whose products with codes are summed exactly;
 // else they, and keys and values, are multiplied as floats, each a unit.
@@ -35,12 +36,13 @@ template <class T>
 using Units = std::conditional_t<kPaired<T>, i32v, f32v>;  // sums too
 template <class T>
 constexpr int kUnitSize = kPaired<T> ? 2 : 1;
-// The largest such value. Its products with codes of 8 bits stay below 2^31 in sum, of 1024 (MAX_HEAD_DIM); where codes have
-// 16, values are so small that their sum is kMostSum at most, before each is rounded.
+// The largest such value. kMaxHeadDim of its products with codes of 8 bits stay below 2^31 in sum; where codes have 16 bits,
+// values are so small that their sum is kMostSum at most, before each is rounded (16 are for how the sum itself is).
 constexpr int kMostFixed = 16383;
 template <class T>
-constexpr bool kSumsBound = sizeof(T) == 2;
-constexpr float kMostSum = float(INT32_MAX / kMostCode<int16_t> - 1024 / 2);
+constexpr bool kSumsBound = kScaled<T> && sizeof(T) == 2;
+constexpr float kMostSum = float(INT32_MAX / kMostCode<int16_t> - kMaxHeadDim / 2 - 16);
+static_assert(kMaxHeadDim * kMostFixed * kMostCode<int8_t> <= INT32_MAX);
 
 // Calls f(T{}) with the type's element.
 template <class F>
@@ -121,8 +123,8 @@ QWIRE_INLINE f32v repeat(float x) { return splat(x); }
 QWIRE_INLINE i32v repeat(int32_t x) { return broadcast(x); }
 QWIRE_INLINE f32v add_products(f32v sum, f32v a, f32v b) { return fma(a, b, sum); }
 
-// Of codes in fixed point: codes at the same place of two rows as units, and codes of each lane as units: four of 8 bits as two,
-// the first and the third, the second and the fourth; two of 16 bits as they are.
+// Of codes in fixed point: codes at the same place of two rows as units, and codes of each lane as units: four of 8 bits as
+// two, the first and the third, the second and the fourth; two of 16 bits as they are.
 #if defined(__AVX512VNNI__)
 QWIRE_INLINE i32v add_products(i32v sum, i32v a, i32v b) { return dot_halves(sum, a, b); }
 
@@ -163,7 +165,7 @@ QWIRE_INLINE void unpack(u32v x, int8_t, i32v (&parts)[2]) {
 }
 #endif
 
-// The size of floats to be fixed: the largest, or their sum and what that may become, without signs.
+// How floats are fixed: so that `size`, without signs the largest of them or their sum, becomes `fixed`.
 struct Size {
     float size, fixed;
 };
@@ -171,12 +173,12 @@ struct Size {
 // `sum` counts where codes of type T bound it.
 template <class T>
 QWIRE_INLINE Size size_of(float largest, [[maybe_unused]] float sum) {
-    if (kSumsBound<T> && sum * kMostFixed > largest * kMostSum) return {sum, kMostSum};
+    if (kSumsBound<T> && sum > largest * (kMostSum / kMostFixed)) return {sum, kMostSum};
     return {largest, kMostFixed};
 }
 
 // `count` floats (a multiple of a vector's lanes) to fixed point, in the order that `unpack` gives to codes where
-// `spread`, and else as they come. Returns what a value of 1 stands for: 0 where all are below 1e-30, NaN where one isn't
+// `spread`, and else as they come. Returns what a value of 1 stands for: 0 where the size is below 1e-30, NaN where one isn't
 // finite.
 template <bool spread>
 QWIRE_INLINE float fix(const float* from, int64_t count, Size size, int16_t* to) {

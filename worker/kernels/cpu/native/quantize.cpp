@@ -32,26 +32,6 @@ uint32_t greatest(const float* from, int64_t size) {
     return best[0];
 }
 
-// Adds neighbours: lane i is the sum of lanes 2i and 2i + 1 of a and b, one behind the other.
-QWIRE_INLINE i32v pair_sums(i32v a, i32v b) {
-#if defined(__AVX512F__)
-    return __builtin_shuffle(a, b, i32v{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
-           __builtin_shuffle(a, b, i32v{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
-#elif defined(__AVX2__)
-    const __m256i sums = _mm256_hadd_epi32((__m256i)a, (__m256i)b);  // half by half
-    return (i32v)_mm256_permute4x64_epi64(sums, 0b11011000);
-#else
-    return __builtin_shuffle(a, b, i32v{0, 2, 4, 6}) + __builtin_shuffle(a, b, i32v{1, 3, 5, 7});
-#endif
-}
-
-// Lane i is the sum of all lanes of x[i]: far fewer shuffles than sums one by one.
-QWIRE_INLINE i32v totals(i32v (&x)[kLanes]) {
-    for (int width = kLanes; width > 1; width /= 2)
-        for (int i = 0; i < width / 2; ++i) x[i] = pair_sums(x[2 * i], x[2 * i + 1]);
-    return x[0];
-}
-
 // Stores a vector of values as the activations of `dot`. Only the low bits of each lane count.
 QWIRE_INLINE void store_values(int32_t* to, i32v x) {
 #if defined(__AVX512VNNI__)
@@ -164,10 +144,7 @@ QuantizedRows::QuantizedRows(void* memory, const Tiles& tiles, int64_t size)
     scales_ = reinterpret_cast<float*>(at);
 }
 
-void QuantizedRows::quantize(int64_t row, const float* from, int64_t first, int64_t count) const {
-    // Tile sizes differ by one at most: the quotient is the tile or the one before it.
-    int64_t tile = row * tiles.count / tiles.rows;
-    while (tiles.first(tile + 1) <= row) ++tile;
+void QuantizedRows::quantize(int64_t tile, int64_t row, const float* from, int64_t first, int64_t count) const {
     const int64_t height = tiles.size(tile), index = row - tiles.first(tile);
     const int64_t first_chunk = tiles.first(tile) * chunks + first / kChunk * height;
     const int64_t first_group = tiles.first(tile) * groups + first / kRowGroup * height;
@@ -227,8 +204,8 @@ void fix_rows(const Tiles& tiles, int64_t size, const FloatRows& x, int16_t* val
 }
 
 void quantize_rows(const QuantizedRows& to, const FloatRows& x) {
-    over_rows(to.tiles, to.size, x, [&](int64_t, int64_t row, const float* from, int64_t first, int64_t count) {
-        to.quantize(row, from, first, count);
+    over_rows(to.tiles, to.size, x, [&](int64_t tile, int64_t row, const float* from, int64_t first, int64_t count) {
+        to.quantize(tile, row, from, first, count);
     });
 }
 

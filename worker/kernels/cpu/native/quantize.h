@@ -2,8 +2,8 @@
 //
 // Every 128 values of a row share a scale, absmax / 127, so that outliers cost only their neighbours precision; values are
 // rounded to the nearest, ties to even. A row's bytes depend on that row alone. Rows lie in tiles, which a kernel
-// holds in registers at once (int_tiles, int4_tiles); a tile is cut along K into chunks of 32 values, [chunk][row][32], so that a row's
-// values are written as they come and read side by side.
+// holds in registers at once (int_tiles, int4_tiles); a tile is cut along K into chunks of 32 values, [chunk][row][32], so that
+// a row's values are written as they come and read side by side.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,8 @@ struct Tiles {
 
 // Rows of integer products are one tile if there are up to kIntTile of them, which then read each weight once, else
 // tiles of up to kTileOfMany, which is how many keep their float sums in registers too: on Zen 5 a store of 512 bits takes
-// a cycle from the products. Rows that meet int4 weights, whose sums become floats four times as often, are such tiles always: on
-// Zen 4 8 to 14 rows take 0.9 of the time so.
+// a cycle from the products. Rows that meet int4 weights, whose sums become floats four times as often, are such tiles always:
+// on Zen 4 8 to 14 rows take 0.9 of the time so.
 #if defined(__AVX512VNNI__)
 constexpr int kIntTile = 14, kTileOfMany = 7;
 #elif defined(__AVX512F__)
@@ -70,9 +70,9 @@ class QuantizedRows {
     // `memory`: bytes(tiles.rows, size) of them, 64-byte aligned.
     QuantizedRows(void* memory, const Tiles& tiles, int64_t size);
 
-    // Fills `count` values of row `row` from the floats that they are of, from the first one of a group on, and to the end of
-    // one or of the row. A row that holds NaN or infinity yields no finite product.
-    void quantize(int64_t row, const float* from, int64_t first, int64_t count) const;
+    // Fills `count` values of a tile's row from the floats that they are of, from the first one of a group on, and to the end
+    // of one or of the row. A row that holds NaN or infinity yields no finite product.
+    void quantize(int64_t tile, int64_t row, const float* from, int64_t first, int64_t count) const;
 
     // [chunks][tile rows][kChunkWords]
     const int32_t* values(int64_t tile) const { return values_ + tiles.first(tile) * chunks * kChunkWords; }

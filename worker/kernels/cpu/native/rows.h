@@ -33,7 +33,6 @@ struct Rotation {
     KvType type;
     float* out;
 };
-constexpr int64_t kMaxHeadDim = 1024;
 void rope_and_cache(const Rotation& rotation);
 
 // silu(gate) * up of `count` of each to `out`. Those that are read after them lie `next` floats further, to be asked for.

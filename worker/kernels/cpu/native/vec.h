@@ -119,6 +119,26 @@ QWIRE_INLINE float max(f32v x) {
     return fold(x, [](f32v a, f32v b) __attribute__((always_inline)) { return max(a, b); })[0];
 }
 
+// Adds neighbours: lane i is the sum of lanes 2i and 2i + 1 of a and b, one behind the other.
+QWIRE_INLINE i32v pair_sums(i32v a, i32v b) {
+#if defined(__AVX512F__)
+    return __builtin_shuffle(a, b, i32v{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+           __builtin_shuffle(a, b, i32v{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+#elif defined(__AVX2__)
+    const __m256i sums = _mm256_hadd_epi32((__m256i)a, (__m256i)b);  // half by half
+    return (i32v)_mm256_permute4x64_epi64(sums, 0b11011000);
+#else
+    return __builtin_shuffle(a, b, i32v{0, 2, 4, 6}) + __builtin_shuffle(a, b, i32v{1, 3, 5, 7});
+#endif
+}
+
+// Lane i is the sum of all lanes of x[i]: far fewer shuffles than sums one by one.
+QWIRE_INLINE i32v totals(i32v (&x)[kLanes]) {
+    for (int width = kLanes; width > 1; width /= 2)
+        for (int i = 0; i < width / 2; ++i) x[i] = pair_sums(x[2 * i], x[2 * i + 1]);
+    return x[0];
+}
+
 // exp(x), within 2 ulp; 0 below -87.3. Cody and Waite's reduction, then a polynomial of degree 6.
 QWIRE_INLINE f32v exp(f32v x) {
     const f32v low = splat(-87.33654f), high = splat(88.3762626647950f);

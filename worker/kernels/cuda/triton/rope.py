@@ -19,7 +19,9 @@ PLAIN, INT8, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def cache_format(cache: KVCache) -> int:
-    """How a cache's elements are coded: PLAIN, INT8 or E4M3."""
+    """How a cache's elements are coded: PLAIN, INT8 or E4M3. Raises ValueError for other codes."""
+    if cache.keys.dtype == torch.int16:
+        raise ValueError("a cache of int16 is for CPUs")
     return {torch.int8: 1, torch.float8_e4m3fn: 2}.get(cache.keys.dtype, 0)
 
 
