@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,11 +76,15 @@ def serving(
         yield stack, client
 
 
-def refused(model: Path, *flags: str, module: str = "worker") -> str:
-    """What a worker says to wrong settings."""
+def refused(model: Path, *flags: str, module: str = "worker", environ: Mapping[str, str] | None = None) -> str:
+    """What a worker says to wrong settings.
+
+    Args:
+        environ: besides this process's.
+    """
     argv = [sys.executable, "-m", module, "serve", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
-    environ = {**os.environ, CAPABILITY: "8.0", "TRITON_INTERPRET": "1"}
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=100, env=environ)
+    whole = {**os.environ, **(environ or {})}
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=100, env=whole)
     assert result.returncode == 2
     return result.stderr
 
@@ -115,7 +119,9 @@ def test_fp8_is_for_gpus(model: Path, backend: str) -> None:
 
 
 def test_codes_of_16_bits_are_not(model: Path) -> None:
-    told = refused(model, "--backend", "cuda", "--kv-dtype", "int16", module="tests.helpers.cuda_worker")
+    environ = {CAPABILITY: "8.0", "TRITON_INTERPRET": "1"}
+    flags = "--backend", "cuda", "--kv-dtype", "int16"
+    told = refused(model, *flags, module="tests.helpers.cuda_worker", environ=environ)
     assert "--kv-dtype: int16 is for the cpu and reference kernels; the cuda kernels have bfloat16" in told
 
 

@@ -36,11 +36,6 @@ class StepArrays:
     def part(self, first: int, stop: int) -> StepArrays:
         """Rows `first` to `stop`, without draws: a step by itself, for which those before them must have been
         computed."""
-        ragged = self.ragged
-        ends = np.cumsum(ragged.lengths)
-        begins = ends - ragged.lengths
-        held = np.flatnonzero((ends > first) & (begins < stop))
-        skipped = np.maximum(first - begins[held], 0)
         asked = self.hidden_rows[(self.hidden_rows >= first) & (self.hidden_rows < stop)]
         return StepArrays(
             self.ids[first:stop],
@@ -48,13 +43,7 @@ class StepArrays:
             self.slots[first:stop],
             asked - first,
             np.empty(0, np.int64),
-            RaggedBatch(
-                ragged.starts[held] + skipped,
-                np.minimum(ends[held], stop) - begins[held] - skipped,
-                [ragged.block_tables[index] for index in held.tolist()],
-                ragged.num_blocks,
-                ragged.block_size,
-            ),
+            only_rows(self.ragged, np.arange(first, stop)),
         )
 
 
@@ -126,12 +115,13 @@ def build_step(
         first_rows = (last_rows + 1 - lengths).tolist()
         scored = [np.arange(at, at + len(c.scored)) for at, c in zip(first_rows, chunks, strict=True) if c.scored]
         hidden_rows = np.unique(np.concatenate((draw_rows, *scored)))
+        draw_rows = np.searchsorted(hidden_rows, draw_rows)
     return StepArrays(
         ids,
         positions,
         slots,
         hidden_rows,
-        np.searchsorted(hidden_rows, draw_rows),
+        draw_rows,
         RaggedBatch(starts, lengths, tables, num_blocks, block_size),
     )
 

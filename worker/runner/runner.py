@@ -230,10 +230,8 @@ class TorchRunner:
         one, all ranks together. The last layer computes no more of the others than queries, keys and values."""
         config = self.config
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        before, behind = (
-            config.hidden_size * (query + 2 * kv),
-            config.hidden_size * (query + 3 * config.intermediate_size),
-        )
+        before = config.hidden_size * (query + 2 * kv)  # attention
+        behind = config.hidden_size * (query + 3 * config.intermediate_size)
         attended = (stop * (stop + 1) - start * (start + 1)) // 2
         layer = (stop - start) * (before + behind) + 2 * query * attended
         last = (stop - start) * before + behind + 2 * query * stop

@@ -65,7 +65,7 @@ constexpr std::array<Multiply<T>, sizeof...(I)> multiplies(std::index_sequence<I
     return {multiply<T, I / kVectors + 1, I % kVectors + 1>...};
 }
 
-// For M rows and N vectors: kMultiply<T>[(M - 1) * kVectors + N - 1].
+// For M rows and N vectors: kMultiply<T>[(M - 1) * kVectors + N - 1]. What is paired, or isn't, is multiplied alike.
 template <class T>
 constexpr auto kMultiply = multiplies<std::conditional_t<kPaired<T>, int8_t, float>>(
     std::make_index_sequence<kRows * kVectors>());
