@@ -145,8 +145,11 @@ def test_against_plain_softmax(
         sequences, kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed
     )
     got = case.attend(module(isa), window)
-    # Where codes are multiplied in fixed point, queries and weights have up to 15 bits.
-    bound = 5e-4 if isa in FIXED_POINT and not dtype.is_floating_point else 5e-6
+    # Where codes are multiplied in fixed point, queries and weights have 15 bits. Beside codes of 16, queries have what
+    # their sum leaves: Gaussian ones' scores are off by some 9e-7 head_dim, mixed values by 1.4e-6 of it.
+    bound = 5e-6
+    if isa in FIXED_POINT and not dtype.is_floating_point:
+        bound = max(5e-4, 1.5e-5 * head_dim) if dtype == torch.int16 else 5e-4
     assert (got.double() - case.wanted(window)).abs().max() <= bound
     assert torch.equal(case.attend_in_chunks(module(isa), window, 1000), got)
 
